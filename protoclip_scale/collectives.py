@@ -1,0 +1,146 @@
+"""Every collective the package uses, differentiable ones included; each is a no-op in a single process.
+
+Row-local losses need both directions of a gather (methods: table 0.2, row 1): the forward collects the columns of all
+ranks, the backward sums what every rank sends back and keeps the own slice. With gradients averaged over ranks by DDP
+this equals the gradient of the one-process loss.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from protoclip_scale.errors import UserError
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+
+
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = tensor.shape[0]
+        gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        summed = tensor.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, ...] on each rank -> [W*B, ...] in rank order on all; every rank must hold the same B."""
+    return tensor if world_size() == 1 else _AllGather.apply(tensor)
+
+
+def all_reduce_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks; the gradient is summed over ranks too (the loss of all ranks depends on the sum)."""
+    return tensor if world_size() == 1 else _AllReduce.apply(tensor)
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """A reduced copy, without gradient. ``op``: sum, min or max."""
+    reduced = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+    return reduced
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Like ``all_gather_with_grad`` without gradient."""
+    if world_size() == 1:
+        return tensor.detach()
+    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    return gathered
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """One (small, picklable) value per rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's (small, picklable) value on all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """True everywhere if it is true anywhere."""
+    if world_size() == 1:
+        return bool(flag)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(all_reduce(torch.tensor([int(flag)], device=device), "max").item())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_rank_zero(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives on rank 0, on all ranks; a UserError of it is raised on all."""
+    value, failure = None, None
+    if rank() == 0:
+        try:
+            value = work()
+        except UserError as error:
+            failure = str(error)
+    value, failure = broadcast_object((value, failure))
+    if failure:
+        raise UserError(failure)
+    return value
+
+
+def on_each_machine(work: Callable[[], None]) -> None:
+    """Let the first rank of each machine work while the others wait; a UserError of one is raised on all."""
+    failure = None
+    if local_rank() == 0:
+        try:
+            work()
+        except UserError as error:
+            failure = str(error)
+    failures = [message for message in all_gather_objects(failure) if message]
+    if failures:
+        raise UserError(failures[0])

@@ -1,0 +1,8 @@
+"""The one exception that means: the user can fix this."""
+
+
+class UserError(ValueError):
+    """Bad input of the user's: its message is one line that says what, where and what to do.
+
+    Launch scripts print that line and exit with code 1; they show a traceback for everything else.
+    """

@@ -1,0 +1,31 @@
+"""Small files that are replaced whole: a reader sees the old or the new one, also after a kill or a power cut."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Replace a file by one atomic rename; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    publish_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,198 @@
+"""Contradictions between the sections of a recipe; those inside one section are in the schema.
+
+Each rule yields lines that name both keys, what they say, and what to change. A rule may compare values only: a resolved
+recipe has every default written out, so that nobody wrote a key proves nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from protoclip_scale.recipe.schema import Recipe
+
+
+def contradictions(recipe: "Recipe") -> Iterator[str]:
+    """Every contradiction, one line each; the first is the one worth reading."""
+    for rule in RULES:
+        yield from rule(recipe)
+
+
+def clustered_objectives(recipe: "Recipe") -> list[str]:
+    """Names of the objectives with a weight that need an episode's clusters."""
+    return [name for name in _weighted(recipe) if _clusters(name)]
+
+
+def steps_per_episode(recipe: "Recipe") -> int:
+    """Whole global batches in an episode."""
+    return recipe.data.plan.episode_size // recipe.data.plan.global_batch
+
+
+def total_steps(recipe: "Recipe") -> int | None:
+    """Optimiser steps of the run; None if it is told in epochs and only the sources know how many rows there are."""
+    number, unit = recipe.schedule.length()
+    if unit == "epochs" and recipe.data.plan.epoch_rows is None:
+        return None
+    rows_or_steps = {
+        "episodes": lambda: number * steps_per_episode(recipe),
+        "epochs": lambda: number * recipe.data.plan.epoch_rows // recipe.data.plan.global_batch,
+        "steps": lambda: number,
+    }
+    return int(rows_or_steps[unit]())
+
+
+def _weighted(recipe: "Recipe") -> list[str]:
+    return [name for name, settings in recipe.objectives.items() if settings.weight > 0]
+
+
+def _clusters(name: str) -> tuple[str, ...]:
+    from protoclip_scale.recipe.schema import objective_module
+
+    return objective_module(name).build.clusters
+
+
+def _something_trains(recipe: "Recipe") -> Iterator[str]:
+    contrastive = [name for name in _weighted(recipe) if not _clusters(name)]
+    if not _weighted(recipe):
+        yield f"objectives: all weights are 0 ({', '.join(recipe.objectives)}), so nothing trains; give one of them a weight"
+    elif not contrastive and recipe.episodes.warmup:
+        yield (
+            f"episodes.warmup {recipe.episodes.warmup} trains the contrastive loss alone, but objectives names none with a weight; "
+            "add objectives.clip or set episodes.warmup to 0"
+        )
+    elif not contrastive and recipe.episodes.lit:
+        yield (
+            f"episodes.lit.start {recipe.episodes.lit.start} ends with the contrastive loss alone, but objectives names none with a weight; "
+            "add objectives.clip or set episodes.lit to null"
+        )
+
+
+def _clustering_is_used(recipe: "Recipe") -> Iterator[str]:
+    clustered = clustered_objectives(recipe)
+    if clustered and recipe.prototypes is None:
+        yield f"objectives.{clustered[0]} needs clusters, but prototypes is missing; add a section prototypes, for instance with clusters: {max(2, recipe.data.plan.episode_size // 10)}"
+    if not clustered and recipe.prototypes is not None:
+        yield (
+            f"prototypes.clusters {recipe.prototypes.clusters} has no effect: nothing in objectives ({', '.join(recipe.objectives)}) uses clusters "
+            "with a weight; add objectives.prototype or set prototypes to null"
+        )
+
+
+def _clusters_fit_the_episode(recipe: "Recipe") -> Iterator[str]:
+    plan = recipe.data.plan
+    rows = steps_per_episode(recipe) * plan.global_batch
+    if recipe.prototypes and recipe.prototypes.clusters > rows:
+        yield (
+            f"prototypes.clusters {recipe.prototypes.clusters} is larger than an episode: data.plan.episode_size {plan.episode_size} is {rows} rows "
+            f"in whole batches; use at most {rows} clusters (about {max(2, rows // 10)} is healthy), or longer episodes"
+        )
+
+
+def _episode_fits_the_epoch(recipe: "Recipe") -> Iterator[str]:
+    plan = recipe.data.plan
+    rows = steps_per_episode(recipe) * plan.global_batch
+    if plan.epoch_rows is not None and rows > plan.epoch_rows:
+        yield f"data.plan.episode_size {plan.episode_size} is larger than data.plan.epoch_rows {plan.epoch_rows}; use at most {plan.epoch_rows}, or more rows"
+
+
+def _norm_groups_divide_lanes(recipe: "Recipe") -> Iterator[str]:
+    groups, lanes = recipe.model.norm_groups, recipe.data.plan.lanes
+    if lanes % groups:
+        usable = ", ".join(str(number) for number in range(1, lanes + 1) if lanes % number == 0)
+        yield f"model.norm_groups {groups} does not divide data.plan.lanes {lanes}; use one of {usable}, or other lanes"
+
+
+def _warmup_ends(recipe: "Recipe") -> Iterator[str]:
+    steps, warmup = total_steps(recipe), recipe.schedule.warmup_steps
+    if steps is not None and steps < 1:
+        yield f"schedule.total '{recipe.schedule.total}' is less than one step; make it longer"
+    elif steps is not None and warmup >= steps:
+        yield f"schedule.warmup_steps {warmup} is not less than the {steps} steps of schedule.total '{recipe.schedule.total}'; shorten the warm-up or lengthen the run"
+
+
+def _episodes_in_order(recipe: "Recipe") -> Iterator[str]:
+    """Warm-up, then prototypes, then the locked ending; each inside the run."""
+    steps, per_episode, warmup, lit = total_steps(recipe), steps_per_episode(recipe), recipe.episodes.warmup, recipe.episodes.lit
+    episodes = None if steps is None else -(-steps // per_episode)
+    clustered = clustered_objectives(recipe)
+    if clustered and episodes is not None and warmup >= episodes:
+        yield (
+            f"episodes.warmup {warmup} leaves no episode for objectives.{clustered[0]}: schedule.total '{recipe.schedule.total}' is {episodes} "
+            "episodes; shorten the warm-up or lengthen the run"
+        )
+    if lit is None:
+        return
+    if episodes is not None and lit.start > episodes:
+        yield (
+            f"episodes.lit.start {lit.start} lies beyond the end: schedule.total '{recipe.schedule.total}' is {episodes} episodes; "
+            f"use at most {episodes}, or set episodes.lit to null"
+        )
+    if clustered and lit.start <= warmup + 1:
+        yield (
+            f"episodes.lit.start {lit.start} leaves no episode for objectives.{clustered[0]} after episodes.warmup {warmup}; "
+            f"start the ending at {warmup + 2} or later"
+        )
+    if recipe.schedule.warmup_steps >= (lit.start - 1) * per_episode:
+        yield (
+            f"schedule.warmup_steps {recipe.schedule.warmup_steps} is not less than the {(lit.start - 1) * per_episode} steps before "
+            f"episodes.lit.start {lit.start}; shorten the warm-up or start the ending later"
+        )
+
+
+def _weights_from_one_place(recipe: "Recipe") -> Iterator[str]:
+    model = recipe.model
+    if model.text.pretrained and model.text.name == "clip":
+        yield (
+            "model.text.pretrained true has no published weights to load for model.text.name clip; name a transformers encoder, "
+            "or start from a whole model with model.init_from"
+        )
+    for side in ("image", "text"):
+        if model.init_from is not None and getattr(model, side).pretrained:
+            yield f"model.{side}.pretrained true has no effect with model.init_from {model.init_from}, which brings all weights; set one of them only"
+
+
+def _rates_below_the_peak(recipe: "Recipe") -> Iterator[str]:
+    for key in ("warmup_lr", "final_lr"):
+        value = getattr(recipe.schedule, key)
+        if value > recipe.optim.lr:
+            yield f"schedule.{key} {value} is above the peak optim.lr {recipe.optim.lr}; lower it"
+
+
+def _evaluation_sets_exist(recipe: "Recipe") -> Iterator[str]:
+    from protoclip_scale.recipe.problems import nearest
+
+    evaluation = recipe.evaluation
+    names = [each.name for each in evaluation.sets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"evaluation.sets names {name} twice; give each set its own name, it is part of the figures' names"
+    for gallery, members in evaluation.gallery.items():
+        for member in members:
+            if member not in names:
+                yield f"evaluation.gallery.{gallery} names {member}, which is not in evaluation.sets{nearest(member, names)}"
+    probe = evaluation.probe_train
+    if probe is not None and not {column for each in evaluation.sets for column in each.classify} & set(probe.classify):
+        yield "evaluation.probe_train.classify shares no column with classify of evaluation.sets, so nothing is probed; name the same column, or set probe_train to null"
+
+
+def _folders_use_known_names(recipe: "Recipe") -> Iterator[str]:
+    for key, names in (("dir", ("name",)), ("scratch_dir", ("dir", "name"))):
+        text = getattr(recipe.run, key)
+        try:
+            text.format(**dict.fromkeys(names, "x"))
+        except (KeyError, IndexError, ValueError):
+            usable = " and ".join(f"{{{name}}}" for name in names)
+            yield f"run.{key} {text!r} holds braces that mean nothing; only {usable} can stand in it"
+
+
+RULES: tuple[Callable[["Recipe"], Iterator[str]], ...] = (
+    _something_trains,
+    _clustering_is_used,
+    _clusters_fit_the_episode,
+    _episode_fits_the_epoch,
+    _norm_groups_divide_lanes,
+    _warmup_ends,
+    _episodes_in_order,
+    _weights_from_one_place,
+    _rates_below_the_peak,
+    _evaluation_sets_exist,
+    _folders_use_known_names,
+)

@@ -1,0 +1,313 @@
+"""The sections of a recipe. Every key has a description: ``--help`` and docs/recipes.md are made from them.
+
+Unknown keys are refused, values are checked where they stand, and contradictions between keys where both are in sight.
+Objectives bring their own settings class (see ``protoclip_scale.objectives``), so a new one changes nothing here.
+"""
+
+import importlib
+import math
+import pkgutil
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LN_100 = math.log(100)
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """A file that extends another takes a key back by setting it to null."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {key: value for key, value in values.items() if value is not None or key not in fields or fields[key].is_required() or fields[key].default is None}
+
+
+class Columns(Section):
+    """Names of the columns of a source."""
+
+    image: str = Field("image", description="Column with the encoded image: bytes, or a struct with `bytes`.")
+    caption: str = Field("caption", description="Column with the caption: a string, or a list of strings.")
+
+
+class Source(Section):
+    """One set of image-text files."""
+
+    files: str | tuple[str, ...] = Field(description="Path, glob or URL (or a list of them), relative to `data.root`.")
+    format: Literal["parquet"] = Field("parquet", description="Layout of the files.")
+    columns: Columns = Field(Columns(), description="Which columns to read.")
+    name: str = Field("", description="Name used in messages; by default the files' pattern.")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.files,) if isinstance(self.files, str) else self.files
+
+
+class Plan(Section):
+    """What alone fixes which rows stand in which batch (together with the sources)."""
+
+    seed: int = Field(0, ge=0, description="Seed of the order of rows and of the subset.")
+    epoch_rows: Positive | None = Field(None, description="Rows of an epoch: a seeded random subset if fewer than the sources hold; null takes all.")
+    episode_size: Positive = Field(200_000, description="Rows between two clusterings, rounded down to whole global batches; without prototypes the shuffle window.")
+    lanes: Positive = Field(8, description="Contiguous parts of an episode; the number of ranks must divide it.")
+    global_batch: Positive = Field(description="Rows of one optimiser step over all ranks; a multiple of `lanes`.")
+
+    @model_validator(mode="after")
+    def _whole_batches(self):
+        if self.global_batch % self.lanes:
+            raise ValueError(f"data.plan.global_batch {self.global_batch} is not a multiple of data.plan.lanes {self.lanes}; use {self.global_batch // self.lanes * self.lanes or self.lanes}, or other lanes")
+        if self.episode_size < self.global_batch:
+            raise ValueError(f"data.plan.episode_size {self.episode_size} is smaller than one global batch: raise it to at least data.plan.global_batch {self.global_batch}")
+        return self
+
+
+class Data(Section):
+    """Where rows come from, their order, and how images and captions are prepared."""
+
+    root: str = Field(".", description="Folder or URL that `files` are relative to; a relative one starts from the folder of the file that says it, under --set from the working directory.")
+    sources: tuple[Source, ...] = Field(min_length=1, description="The sets of files to train on, one after the other.")
+    plan: Plan = Field(description="The order of rows.")
+    augmentation: Literal["clip", "protoclip_light", "none"] = Field("clip", description="Training transform: clip (random crop of 90-100%), protoclip_light (methods 6.5), none (centre crop).")
+    caption: Literal["first", "random", "join"] = Field("first", description="Which of several captions a row uses; random is a function of seed, epoch and row.")
+    empty_caption: Literal["drop", "keep"] = Field("drop", description="drop: rows without a caption are replaced and listed in the quarantine file; keep: they train as the empty text.")
+    max_bad_fraction: Fraction = Field(0.02, description="The run stops when a larger share of the rows seen could not be decoded.")
+    max_pixels: Positive = Field(100_000_000, description="Images with more pixels are quarantined unread.")
+    max_bytes: Positive = Field(50_000_000, description="Images with more encoded bytes are quarantined unread.")
+    workers: int = Field(2, ge=0, description="Loader processes per rank; they change speed only, never a batch.")
+    retry_seconds: float = Field(300, ge=0, description="How long remote reads are retried before the run stops.")
+
+
+class ImageTower(Section):
+    """The image encoder, a timm model."""
+
+    name: str = Field(description="Any timm model, for instance resnet50_clip or vit_base_patch32_clip_224.")
+    pretrained: bool = Field(False, description="Start from timm's published weights.")
+    size: Positive = Field(224, description="Side of the square input, in pixels.")
+    normalization: Literal["clip", "imagenet"] = Field("clip", description="Channel means and deviations; they travel with the export.")
+    grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+
+
+class TextTower(Section):
+    """The text encoder: CLIP's causal transformer, or any transformers encoder."""
+
+    name: str = Field("clip", description="clip, or the name or folder of a transformers text encoder, which brings its own tokenizer, pooling and length.")
+    pretrained: bool = Field(False, description="For a transformers encoder: start from its published weights.")
+    context_length: Positive = Field(77, description="Tokens per caption, start and end included; longer ones are cut, the end token kept.")
+    width: Positive = Field(512, description="Width of CLIP's text transformer.")
+    heads: Positive = Field(8, description="Attention heads of CLIP's text transformer.")
+    layers: Positive = Field(12, description="Layers of CLIP's text transformer.")
+    activation: Literal["gelu", "quick_gelu"] = Field("gelu", description="Activation of CLIP's text transformer; the original used quick_gelu.")
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.name == "clip" and self.width % self.heads:
+            raise ValueError(f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}")
+        return self
+
+
+class PrototypeHeads(Section):
+    """The MLPs that map both towers' outputs into the space of the prototypes (methods 6.1)."""
+
+    dim: Positive = Field(128, description="Width of the prototype space.")
+    hidden_dim: Positive = Field(2048, description="Width of the hidden layers.")
+    hidden_layers: int = Field(1, ge=0, description="Hidden layers, each with batch norm and ReLU; 0 is one linear map.")
+
+
+class LogitScale(Section):
+    """The learned inverse temperatures, as logarithms; bounded in the forward pass."""
+
+    init: float = Field(math.log(1 / 0.07), description="Initial value of the logarithm.")
+    minimum: float = Field(0.0, description="Lower bound of the logarithm.")
+    maximum: float = Field(LN_100, description="Upper bound of the logarithm; ln 100.")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if not self.minimum <= self.init <= self.maximum:
+            raise ValueError(f"model.logit_scale.init {self.init:.4g} lies outside model.logit_scale.minimum {self.minimum:.4g} and model.logit_scale.maximum {self.maximum:.4g}")
+        return self
+
+
+class Model(Section):
+    """Towers, projections and heads."""
+
+    embed_dim: Positive = Field(512, description="Width of the shared embedding.")
+    image: ImageTower = Field(description="The image encoder.")
+    text: TextTower = Field(TextTower(), description="The text encoder.")
+    prototype_heads: PrototypeHeads = Field(PrototypeHeads(), description="Heads used by the objectives prototype and teacher.")
+    logit_scale: LogitScale = Field(LogitScale(), description="Start and bounds of both temperatures.")
+    norm_groups: Positive = Field(1, description="Batch-norm statistics are taken over this many equal groups of lanes; 1 is the whole global batch.")
+    init_from: str | None = Field(None, description="Start from the weights of a run directory, an export, an open_clip tag (open_clip:NAME/TAG) or a transformers CLIP; the optimiser starts fresh.")
+
+
+class ObjectiveSettings(Section):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0, description="Factor of this loss in the sum.")
+
+
+class Lit(Section):
+    """The locked-image ending: CLIP's loss alone, with the image tower frozen."""
+
+    start: Positive = Field(description="First locked episode, counted from 1 as in the published commands.")
+    variant: Literal["paper", "reference"] = Field("paper", description="paper: the image tower is frozen, batch norm too. reference: only its learning rate is 0, as in the published code.")
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of a fresh cosine over the locked episodes; null goes on with the text side's schedule.")
+
+    @model_validator(mode="after")
+    def _reference_keeps_its_schedule(self):
+        if self.variant == "reference" and self.lr is not None:
+            raise ValueError("episodes.lit.lr has no effect with episodes.lit.variant reference; remove it or set variant to paper")
+        return self
+
+
+class Episodes(Section):
+    """What changes from episode to episode."""
+
+    warmup: int = Field(1, ge=0, description="First episodes that train the contrastive loss alone; they are not clustered.")
+    lit: Lit | None = Field(None, description="The locked-image ending, or null.")
+
+
+class Prototypes(Section):
+    """Clustering between episodes (methods 6.2)."""
+
+    clusters: Positive = Field(20_000, description="K, the number of prototypes of each modality.")
+    iterations: Positive = Field(20, description="k-means iterations.")
+    restarts: Positive = Field(3, description="k-means starts; the one with the best objective is kept.")
+    engine: Literal["faiss", "torch"] = Field("faiss", description="Which library searches the nearest centroid.")
+    refresh: Literal["episode"] = Field("episode", description="episode: extract and cluster before each episode, the paper's method.")
+    normalize_centroids: bool = Field(False, description="Scale centroids to unit length before targets are formed; the reference does not.")
+    pictures: int = Field(12, ge=0, description="Prototypes drawn as an image grid after each clustering; 0 draws none.")
+
+
+class Optim(Section):
+    """AdamW, precision and clipping."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's decay rates.")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.2, ge=0, description="Decoupled weight decay; none for gains, biases, batch norm, logit scales and prototype heads.")
+    max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
+    nonfinite_skips: int = Field(10, ge=0, description="Steps in a row that may be skipped for a non-finite loss before the run stops.")
+
+
+class Schedule(Section):
+    """How long to train, and the learning rate as a pure function of the step."""
+
+    total: str = Field(description="Length of the run: '100 episodes', '32 epochs' or '5000 steps'.")
+    warmup_steps: int = Field(2000, ge=0, description="Steps of linear warm-up; less than the run's steps.")
+    warmup_lr: float = Field(0.0, ge=0, description="Learning rate at which the declip form starts.")
+    final_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
+    form: Literal["protoclip", "declip"] = Field("protoclip", description="protoclip: lr (step+1)/warmup; declip: from warmup_lr to lr over warmup-1 steps, counted from 1.")
+
+    @field_validator("total", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> str:
+        if not re.fullmatch(r"\s*(\d+|(\d+\.\d+)(?=\s*epochs))\s*(episodes?|epochs?|steps?)\s*", str(value)):
+            raise ValueError(f"schedule.total is {value!r}; write for instance '100 episodes', '32 epochs' or '5000 steps'")
+        return " ".join(str(value).split())
+
+    @model_validator(mode="after")
+    def _used(self):
+        if self.form != "declip" and self.warmup_lr:
+            raise ValueError("schedule.warmup_lr has an effect only with schedule.form declip; remove it or change the form")
+        return self
+
+    def length(self) -> tuple[float, str]:
+        """The number and its unit: 'episodes', 'epochs' or 'steps'."""
+        number, unit = self.total.split()
+        return float(number), unit.rstrip("s") + "s"
+
+
+class EvaluationSet(Section):
+    """Held-out rows."""
+
+    name: str = Field(description="Name in tables and metrics.")
+    files: str | tuple[str, ...] = Field(description="Parquet files, relative to `data.root`.")
+    columns: Columns = Field(Columns(), description="Image and caption columns.")
+    classify: tuple[str, ...] = Field((), description="Columns with class names, for zero-shot classification and the linear probe; rows with an empty one are left out.")
+    exclude: dict[str, tuple[str, ...]] = Field({}, description="Rows left out: column to values; for instance {coarse: [flag]}.")
+    templates: tuple[str, ...] = Field(("{}",), description="Prompts around a class name; their embeddings are averaged.")
+
+
+class Evaluation(Section):
+    """What is measured during and after training."""
+
+    every_episodes: int = Field(1, ge=0, description="Evaluate after every n-th episode and at the end; 0 only at the end.")
+    sets: tuple[EvaluationSet, ...] = Field((), description="The held-out sets.")
+    gallery: dict[str, tuple[str, ...]] = Field({}, description="Further retrieval tests: a name to the sets whose images and captions are pooled.")
+    probe_train: EvaluationSet | None = Field(None, description="Labelled rows the linear probe is fitted on; null runs no probe.")
+    batch: Positive = Field(256, description="Images or captions encoded at once, per rank.")
+
+
+class Run(Section):
+    """Where things are written, and how often. May change on resume."""
+
+    dir: str = Field("runs/{name}", description="Run directory, relative to the working directory; {name} is the recipe's.")
+    scratch_dir: str = Field("{dir}/scratch", description="Node-local folder for the spool and the episode's features; {dir} is the run directory.")
+    seed: int = Field(0, ge=0, description="Seed of the initial weights.")
+    checkpoint_steps: int = Field(0, ge=0, description="Save every n steps besides episode ends; 0 saves at episode ends only.")
+    keep_checkpoints: int = Field(0, ge=0, description="Newest checkpoints kept; 0 keeps all.")
+    log_steps: Positive = Field(10, description="Steps between lines of the log and of metrics.jsonl.")
+    export: Literal["open_clip"] | None = Field(None, description="Layout of the export written to the run directory at the end; null writes none (launch/export.py can later).")
+    trace_rows: bool = Field(False, description="Write which row stood in which step to trace/.")
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 leaves torch's own choice.")
+    timeout_minutes: float = Field(30, gt=0, description="How long a collective may wait before the run fails.")
+
+
+class Expected(Section):
+    """A figure to compare the run with."""
+
+    metric: str = Field(description="Name of a figure in the last evaluation, for instance eval_seen_concept/zero_shot/coarse/top1.")
+    value: float = Field(description="The value to expect; accuracies and recalls are shares, 0 to 1.")
+    protocol: str = Field(description="How it was measured.")
+    source: str = Field(description="Where it was published.")
+
+
+class Recipe(Section):
+    """One YAML file: all that fixes a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run.")
+    notes: str = Field("", description="What the recipe is, and which of its values are choices of ours.")
+    variant: Literal["paper", "reference"] = Field("paper", description="reference: may repeat a deviation of the published code, which the notes name.")
+    data: Data = Field(description="Rows, their order and preparation.")
+    model: Model = Field(description="Towers and heads.")
+    objectives: dict[str, SerializeAsAny[ObjectiveSettings]] = Field(min_length=1, description="Named losses with their settings; any set combines.")
+    episodes: Episodes = Field(Episodes(), description="Warm-up and ending.")
+    prototypes: Prototypes | None = Field(None, description="Clustering; null if no objective needs it.")
+    optim: Optim = Field(description="Optimiser and precision.")
+    schedule: Schedule = Field(description="Length and learning rate.")
+    evaluation: Evaluation = Field(Evaluation(), description="Held-out measurements.")
+    run: Run = Field(Run(), description="Output and logging.")
+    expected: tuple[Expected, ...] = Field((), description="Published or earlier figures shown beside those reached.")
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _own_settings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: settings if isinstance(settings, ObjectiveSettings) else objective_module(name).Settings.model_validate(settings or {}) for name, settings in value.items()}
+
+
+def objective_names() -> list[str]:
+    """The objectives that exist: one module each in ``protoclip_scale.objectives``."""
+    package = importlib.import_module("protoclip_scale.objectives")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+
+
+def objective_module(name: str):
+    """The module of an objective; found by its name, so that adding one needs no list to change."""
+    from protoclip_scale.recipe.load import nearest
+
+    if name not in objective_names():
+        raise ValueError(f"objectives.{name} is not an objective{nearest(name, objective_names())}")
+    return importlib.import_module(f"protoclip_scale.objectives.{name}")
