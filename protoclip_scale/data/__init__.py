@@ -1,0 +1,1 @@
+"""From files to batches: block readers, the plan, the spool, decoding, augmentation, tokens."""

