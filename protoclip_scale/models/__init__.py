@@ -1,0 +1,1 @@
+"""Towers, projections, heads, temperatures and batch norm over lane groups."""

@@ -1,0 +1,113 @@
+"""The text tower: CLIP's causal transformer, or any transformers encoder."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModel
+
+from protoclip_scale.errors import UserError
+from protoclip_scale.models.outputs import TowerOutput
+from protoclip_scale.recipe import schema
+
+CLIP_VOCABULARY = 49_408
+
+
+class TextTower(nn.Module):
+    """[B, C] token ids and [B] lengths -> pooled features [B, num_features]; columns past the longest row are not computed.
+
+    CLIP pools the state at ``lengths - 1``, the end token; attention is causal, so what follows it has no influence. An
+    encoder pools as its folder says (sentence-transformers' ``1_Pooling``: first token or mean), without one by the mean over the
+    ``lengths`` first tokens; padding is masked. ``mask`` is true for tokens before ``lengths``.
+
+    Raises UserError if the encoder cannot be found, is none, or has fewer positions than ``settings.context_length``.
+    """
+
+    def __init__(self, settings: schema.TextTower, pretrained: bool | None = None):
+        super().__init__()
+        self.causal = settings.name == "clip"
+        if self.causal:
+            self.encoder, self.pooling = _clip(settings), "end"
+        else:
+            self.encoder, self.pooling = _encoder(settings, settings.pretrained if pretrained is None else pretrained), _pooling(settings.name)
+        self.num_features = self.encoder.config.hidden_size
+
+    def forward(self, token_ids: torch.Tensor, lengths: torch.Tensor, want_layers: bool = False) -> TowerOutput:
+        token_ids = token_ids[:, : max(1, int(lengths.max()))]
+        mask = torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None]
+        # with causal attention a mask would change nothing but the speed
+        output = self.encoder(input_ids=token_ids, attention_mask=None if self.causal else mask.long(), output_hidden_states=want_layers)
+        tokens = output.last_hidden_state
+        if self.pooling == "end":
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        elif self.pooling == "first":
+            pooled = tokens[:, 0]
+        else:
+            weights = mask.to(tokens.dtype)
+            pooled = (tokens * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        layers = tuple(output.hidden_states[1:]) if want_layers else None
+        return TowerOutput(pooled, tokens, mask, layers)
+
+
+def _clip(settings: schema.TextTower) -> CLIPTextModel:
+    width, depth = settings.width, settings.layers
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=CLIP_VOCABULARY,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=settings.context_length,
+            hidden_act=settings.activation,
+            pad_token_id=0,
+        )
+    )
+    nn.init.normal_(encoder.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.01)
+    for layer in encoder.encoder.layers:  # methods 1.1; transformers' own init swaps the two attention deviations
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
+            nn.init.normal_(linear.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+    return encoder
+
+
+def _encoder(settings: schema.TextTower, pretrained: bool) -> nn.Module:
+    name = settings.name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32) if pretrained else AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.text.name: transformers cannot load {name!r} ({reason}); give 'clip', a reachable hub name, or a folder with config.json") from error
+    if config.is_encoder_decoder:
+        encoder = encoder.get_encoder()
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # its output is unused, and DDP refuses parameters without a gradient
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's family starts counting behind the padding id
+    if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        positions -= config.pad_token_id + 1
+    if positions and settings.context_length > positions:
+        raise UserError(f"model.text.context_length {settings.context_length} is more than the {positions} positions of model.text.name {name}; lower it")
+    return encoder
+
+
+def _pooling(name: str) -> str:
+    file = Path(name) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean"
+    modes = [key for key, on in json.loads(file.read_text(encoding="utf-8")).items() if key.startswith("pooling_mode_") and on is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise UserError(f"model.text.name: {file} asks for {', '.join(modes) or 'no pooling'}; only mean and first-token pooling are supported, choose another encoder")
+    return known[modes[0]]
+
+
+# the console is ours: no progress bars and notes of transformers between its lines
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
