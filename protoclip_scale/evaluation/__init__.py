@@ -1,0 +1,1 @@
+"""Held-out measurements: zero-shot, retrieval, probes, diagnostics."""

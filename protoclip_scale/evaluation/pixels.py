@@ -1,0 +1,58 @@
+"""Decoded evaluation images, kept in memory between evaluations as far as a budget goes."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from protoclip_scale.data.decode import BadImage, Limits, decode_image
+from protoclip_scale.data.transforms import eval_transform
+from protoclip_scale.evaluation.sets import HeldOutRows
+
+BUDGET_BYTES = 1_000_000_000
+NUM_DECODING_THREADS = 4
+
+
+class PixelStore:
+    """uint8 images of held-out sets, [3, size, size] each: decoded once where they fit, otherwise each time they are asked for.
+
+    A set is kept if all its images and those of the sets kept before fit into ``budget_bytes``, in each process; of a kept set a process
+    holds only the batches that it was asked for.
+    """
+
+    def __init__(self, size: int, limits: Limits, budget_bytes: int = BUDGET_BYTES):
+        self.size = size
+        self.limits = limits
+        self.bytes_left = budget_bytes
+        self._kept: dict[HeldOutRows, dict[range, tuple[torch.Tensor, torch.Tensor]] | None] = {}
+
+    def pixels_of(self, rows: HeldOutRows) -> Callable[[range], tuple[torch.Tensor, torch.Tensor]]:
+        """A function from a range of a set's rows to ``(pixels uint8 [b, 3, size, size], decodable bool [b])``; undecodable ones are black."""
+        if rows not in self._kept:
+            num_bytes = len(rows) * 3 * self.size**2
+            self._kept[rows] = {} if num_bytes <= self.bytes_left else None
+            if num_bytes <= self.bytes_left:
+                self.bytes_left -= num_bytes
+        kept = self._kept[rows]
+
+        def pixels(places: range) -> tuple[torch.Tensor, torch.Tensor]:
+            if kept is None:
+                return self._decode(rows.image_bytes(places))
+            if places not in kept:
+                kept[places] = self._decode(rows.image_bytes(places))
+            return kept[places]
+
+        return pixels
+
+    def _decode(self, encoded: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
+        with ThreadPoolExecutor(NUM_DECODING_THREADS) as pool:
+            images = list(pool.map(self._decode_one, encoded))
+        decodable = torch.tensor([image is not None for image in images])
+        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        return torch.stack([black if image is None else image for image in images]), decodable
+
+    def _decode_one(self, encoded: bytes) -> torch.Tensor | None:
+        try:
+            return eval_transform(decode_image(encoded, self.limits), self.size)
+        except BadImage:
+            return None

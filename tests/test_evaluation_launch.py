@@ -1,0 +1,105 @@
+"""``launch/evaluate.py`` on run directories and exports."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import yaml
+
+from protoclip_scale.engine import checkpoint
+from protoclip_scale.evaluation.run import evaluate
+from protoclip_scale.export.open_clip_layout import export_open_clip
+from protoclip_scale.models.build import build_model
+from protoclip_scale.recipe import dump, load_recipe
+from tests.support import CORPUS, RECIPES, ROOT, TINY, launch
+from tests.test_evaluation_run import CPU, UNSEEN, tokenizer
+
+SMALL = (*(value for value in TINY if not value.startswith("evaluation")), f"evaluation={{sets: [{json.dumps(UNSEEN)}], gallery: {{}}, probe_train: null}}")
+KEY = "unseen/retrieval/mean_recall"
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "launch" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(RECIPES / "demo_clip.yaml", SMALL)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, recipe):
+    """A run directory with two checkpoints of different weights."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    (folder / "baseline.json").write_text(json.dumps({KEY: 0.4321}))
+    for step in (20, 100):
+        weights = build_model(recipe, frozenset({"image", "text", "logit_scale"}), seed=step).state_dict()
+        tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+        about = checkpoint.describe(checkpoint.Cursor(0, "train", 0, step), samples=0, attempt=1)
+        checkpoint.save(checkpoint.folder_of(folder, step), tensors, about, lambda: None)
+    return folder
+
+
+def figures_of_seed(recipe, seed):
+    return evaluate(build_model(recipe, frozenset({"image", "text"}), seed=seed), recipe, tokenizer(), CPU)
+
+
+def test_all_checkpoints_of_a_run_are_tabled_and_written(run_dir, recipe, tmp_path, capsys):
+    out = tmp_path / "new" / "figures.json"
+    assert script().main(["--model", str(run_dir), "--checkpoint", "all", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [result["step"] for result in found["results"]] == [20, 100]
+    for result in found["results"]:
+        assert result["figures"] == pytest.approx(figures_of_seed(recipe, result["step"]), abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "demo_clip, step 20" in printed and "demo_clip, step 100" in printed
+    assert "43.2%" in printed  # the untrained model's, from baseline.json
+
+
+def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):
+    model = build_model(recipe, frozenset({"image", "text", "logit_scale"}), seed=5)
+    export = export_open_clip(model.eval(), recipe, tmp_path / "export")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"sets": [{**UNSEEN, "files": str(CORPUS / UNSEEN["files"])}]}))
+    out = tmp_path / "figures.json"
+    assert script().main(["--model", str(export), "--suite", str(suite), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["results"][0]["figures"] == pytest.approx(figures_of_seed(recipe, 5), abs=1e-4)
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{tmp}/nowhere"], "does not exist"),
+        (["--model", "{tmp}"], "neither a run directory"),
+        (["--model", "{run}", "--checkpoint", "60"], "steps there are: 20, 100"),
+        (["--model", "{run}", "--suite", "{tmp}/none.yaml"], "cannot be read"),
+        (["--model", "{run}", "--suite", "{tmp}/typo.yaml"], "did you mean exclude"),
+        (["--model", "{run}", "--suite", "{tmp}/empty.yaml"], "names no sets"),
+        (["--model", "{run}", "--expect-ranks", "4"], "but 1 ranks run"),
+        (["--model", "{run}", "--suite", "{tmp}/lost.yaml"], "no files match"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(arguments, message, run_dir, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"sets": [{**UNSEEN, "exclud": {}}]}))
+    (tmp_path / "empty.yaml").write_text("batch: 3\n")
+    (tmp_path / "lost.yaml").write_text(yaml.safe_dump({"sets": [{**UNSEEN, "files": "lost-*.parquet"}]}))
+    filled = [argument.replace("{tmp}", str(tmp_path)).replace("{run}", str(run_dir)) for argument in arguments]
+    assert script().main(filled) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.slow
+def test_two_ranks_through_accelerate(run_dir, recipe, tmp_path):
+    out = tmp_path / "figures.json"
+    done = launch("--model", run_dir, "--checkpoint", "100", "--expect-ranks", "2", "--out", out, ranks=2, script="launch/evaluate.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["results"][0]["figures"] == pytest.approx(figures_of_seed(recipe, 100), abs=1e-6)
+    assert done.stdout.count("mean recall") == 1
