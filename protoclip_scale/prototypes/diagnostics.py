@@ -1,0 +1,45 @@
+"""Figures that tell a healthy clustering from a collapsed one."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from protoclip_scale.prototypes.fixed_point import reduce_array
+
+TILE_ELEMENTS = 1 << 23
+
+
+def imbalance(counts: np.ndarray) -> float:
+    """K sum(n_k^2) / N^2 of the cluster sizes [K]: 1 if all are equal, K if one cluster holds every row."""
+    sizes = counts.astype(np.float64)
+    return float(len(sizes) * (sizes**2).sum() / max(sizes.sum(), 1) ** 2)
+
+
+def class_counts(labels: Sequence[np.ndarray], num_clusters: int) -> np.ndarray:
+    """int64 [K]: rows of each cluster over all ranks, from the labels of the own lanes; a collective."""
+    return reduce_array(sum((np.bincount(part, minlength=num_clusters) for part in labels), np.zeros(num_clusters, dtype=np.int64)))
+
+
+@torch.no_grad()
+def target_entropy(centroids: np.ndarray | torch.Tensor, labels: Sequence[np.ndarray], temperature: float) -> float:
+    """Mean entropy of the soft targets softmax(C_y C^T / temperature) over all rows, divided by ln K: 0 is one-hot, 1 is uniform.
+
+    ``centroids`` [K, d] of the teacher; ``labels`` of the own lanes (a collective). Above 0.95 the targets tell nothing apart and the
+    prototype loss stays at ln K. A target depends on the label only, so this costs 2 K K d operations, in tiles, on the centroids' device.
+    """
+    centroids_KD = torch.as_tensor(centroids, dtype=torch.float32)
+    num_clusters = len(centroids_KD)
+    counts = class_counts(labels, num_clusters)
+    if num_clusters == 1:
+        return 0.0
+    used = torch.from_numpy(np.flatnonzero(counts)).to(centroids_KD.device)
+    weights = torch.from_numpy(counts[counts > 0]).to(centroids_KD.device, torch.float64)
+    tile_rows = max(1, TILE_ELEMENTS // num_clusters)
+    total = torch.zeros((), dtype=torch.float64, device=centroids_KD.device)
+    for start in range(0, len(used), tile_rows):
+        log_targets = torch.log_softmax(centroids_KD[used[start : start + tile_rows]] @ centroids_KD.T / temperature, dim=1)
+        entropy = -(log_targets.exp() * log_targets).sum(dim=1)
+        total += (entropy.double() * weights[start : start + tile_rows]).sum()
+    return float(total / weights.sum() / math.log(num_clusters))

@@ -1,0 +1,83 @@
+"""Sums that are the same for every number of ranks: features as int64 fixed point, added exactly, over lanes and ranks.
+
+A float sum depends on the order of its terms; an integer one does not. The unit is a power of two, as small as the
+largest value and the number of rows allow (2**-44 for 200,000 unit vectors), so what is cut off stays far below float32's rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from protoclip_scale import collectives
+from protoclip_scale.errors import UserError
+from protoclip_scale.prototypes.store import BLOCK_ROWS, let_pages_go
+
+
+def _to_device(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.cuda() if dist.is_initialized() and dist.get_backend() == "nccl" else tensor
+
+
+def reduce_array(array: np.ndarray, op: str = "sum") -> np.ndarray:
+    """Sum, min or max over ranks, element by element; the same on all ranks."""
+    return collectives.all_reduce(_to_device(array), op).cpu().numpy()
+
+
+def gather_array(array: np.ndarray) -> np.ndarray:
+    """[n, ...] on each rank (the same n) -> [W*n, ...] in rank order on all."""
+    return collectives.all_gather(_to_device(array)).cpu().numpy()
+
+
+def unit_exponent(largest_sum: float) -> int:
+    """e such that sums up to ``largest_sum`` in units of 2**-e stay below 2**62."""
+    return 62 - math.frexp(largest_sum)[1] if largest_sum > 0 else 0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What all ranks' rows have in common: their number, the largest absolute value, and the unit that their sums are held in."""
+
+    num_rows: int
+    largest: float
+
+    @property
+    def exponent(self) -> int:
+        """Any sum of rows fits int64 in units of 2**-exponent."""
+        return unit_exponent(self.num_rows * self.largest)
+
+
+def extent_of(parts: Sequence[np.ndarray]) -> Extent:
+    """A collective, one pass over the own rows. All ranks raise UserError if a value of any of them is not finite."""
+    largest, num_rows = 0.0, 0
+    for part in parts:
+        for start in range(0, len(part), BLOCK_ROWS):
+            value = float(np.abs(part[start : start + BLOCK_ROWS]).max())
+            largest = max(largest, value if math.isfinite(value) else math.inf)
+            let_pages_go(part)
+        num_rows += len(part)
+    largest = float(reduce_array(np.array([largest]), "max")[0])
+    if math.isinf(largest):
+        raise UserError(
+            "features to cluster or translate are not all finite: the model that made them has diverged, or the feature store is damaged"
+        )
+    return Extent(int(reduce_array(np.array([num_rows], dtype=np.int64))[0]), largest)
+
+
+def add_by_class(sums: np.ndarray, counts: np.ndarray, features: np.ndarray, labels: np.ndarray, exponent: int) -> None:
+    """Adds rows [n, d] to int64 ``sums`` [K, d] at their labels, in units of 2**-exponent, and 1 each to ``counts`` [K], in place.
+
+    Scaling float32 by a power of two is exact; the conversion cuts towards zero.
+    """
+    indexes = torch.from_numpy(labels.astype(np.int64, copy=False))
+    fixed = (torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)) * math.ldexp(1.0, exponent)).to(torch.int64)
+    torch.from_numpy(sums).index_add_(0, indexes, fixed)
+    counts += np.bincount(labels, minlength=len(counts))
+
+
+def means(sums: np.ndarray, counts: np.ndarray, exponent: int) -> np.ndarray:
+    """float32 [K, d] of global sums and counts; zero rows where a count is 0."""
+    return (sums.astype(np.float64) * math.ldexp(1.0, -exponent) / np.maximum(counts, 1)[:, None]).astype(np.float32)

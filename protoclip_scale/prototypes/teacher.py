@@ -1,0 +1,79 @@
+"""Features of an external model, one row per row of a source, looked up by row id (methods 6.2, step 5, and 6.6).
+
+A teacher's store has one part per source, in the order of that source's blocks, and names each source by its fingerprint: rows
+belong together because the data is the same, not because two files happen to be of one length.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protoclip_scale.data.index import Index
+from protoclip_scale.data.rows import unpack_row_ids
+from protoclip_scale.errors import UserError
+from protoclip_scale.prototypes.store import FeatureStore
+
+COLUMN = "teacher"
+KIND = "teacher features"
+
+
+def describe_source(name: str, fingerprint: str, caption_column: str, caption: str) -> dict[str, str]:
+    """What a teacher's store says about one part."""
+    return {"name": name, "fingerprint": fingerprint, "caption_column": caption_column, "caption": caption}
+
+
+class TeacherFeatures:
+    """``dim``: width of a row; ``info``: the model, pooling and captions they were made from. Use ``open_teacher``."""
+
+    def __init__(self, store: FeatureStore, part_of_source: np.ndarray, first_rows: list[np.ndarray]):
+        self._store = store
+        self._part_of_source = part_of_source
+        self._first_rows = first_rows  # of each source: the number of each block's first row in the part
+        self.dim = store.columns[COLUMN]
+        self.info: dict[str, Any] = store.info
+
+    def rows(self, row_ids: np.ndarray) -> np.ndarray:
+        """float32 [n, dim] of row ids [n]. Raises UserError if a stored row is not finite."""
+        sources, blocks, rows_in_block = unpack_row_ids(np.asarray(row_ids))
+        features = np.empty((len(sources), self.dim), dtype=np.float32)
+        for source in np.unique(sources):
+            of_source = np.flatnonzero(sources == source)
+            first_rows = self._first_rows[source]
+            rows = first_rows[blocks[of_source]] + rows_in_block[of_source]
+            assert (rows < first_rows[blocks[of_source] + 1]).all(), "a row id names a row that its block does not have"
+            features[of_source] = self._store.rows(COLUMN, int(self._part_of_source[source]), rows)
+        return features
+
+
+def open_teacher(folder: str | Path, index: Index) -> TeacherFeatures:
+    """The teacher's features of an index's sources, found by fingerprint; the store may hold more sources, in any order.
+
+    Raises UserError if the store is missing or unfinished, is no teacher's, was made from other data (naming both), or has
+    another number of rows than a source.
+    """
+    store = FeatureStore.open(folder)
+    if store.info.get("kind") != KIND or COLUMN not in store.columns:
+        raise UserError(
+            f"teacher features {folder}: this feature store was not made by tools/extract_teacher.py; "
+            "set objectives.teacher.features to one that was"
+        )
+    there = [source["fingerprint"] for source in store.info["sources"]]
+    parts, first_rows = [], []
+    for number, (name, fingerprint) in enumerate(zip(index.source_names, index.fingerprints, strict=True)):
+        if fingerprint not in there:
+            known = ", ".join(f"{source['name']} ({source['fingerprint'][:16]})" for source in store.info["sources"])
+            raise UserError(
+                f"teacher features {folder} were made from other data: source {name} has fingerprint {fingerprint[:16]}, "
+                f"they are of {known}; run tools/extract_teacher.py on this recipe, or correct objectives.teacher.features"
+            )
+        part = there.index(fingerprint)
+        block_rows = index.block_rows[index.block_source == number]
+        if block_rows.sum() != store.part_rows[part]:
+            raise UserError(
+                f"teacher features {folder} have {store.part_rows[part]} rows for source {name}, which has {block_rows.sum()}; "
+                "run tools/extract_teacher.py again"
+            )
+        parts.append(part)
+        first_rows.append(np.concatenate([[0], np.cumsum(block_rows)]))
+    return TeacherFeatures(store, np.array(parts), first_rows)

@@ -1,0 +1,89 @@
+"""A flat dictionary of evaluation figures as rows per held-out set, and as one line per set.
+
+Keys read: ``SET/zero_shot/COLUMN/top1|class_mean|constant|classes|n``, ``SET/retrieval/image_to_text|text_to_image/R@k``,
+``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe/COLUMN/top1`` and ``SET/modality_gap``; SET may hold a slash
+(gallery/set). Figures of other names are left to metrics.jsonl.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from protoclip_scale.report.plain import DASH, as_number, count, number, percent
+
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe|modality_gap)(?:/(?P<rest>.+))?")
+
+
+class Row(NamedTuple):
+    """One line of a set's table; the cells are text."""
+
+    label: str
+    model: str
+    untrained: str
+    reference: str
+
+
+def by_set(figures: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{set: {'zero_shot/coarse/top1': value}}, in the order in which the sets appear."""
+    sets: dict[str, dict[str, Any]] = {}
+    for key, value in figures.items():
+        if found := _KEY.fullmatch(str(key)):
+            rest = "/".join(part for part in (found["measure"], found["rest"]) if part)
+            sets.setdefault(found["set"], {})[rest] = value
+    return sets
+
+
+def _columns(figures: Mapping[str, Any], measure: str) -> list[str]:
+    """Class columns of a measure: 'zero_shot/coarse/top1' -> coarse."""
+    return list(dict.fromkeys(key.split("/")[1] for key in figures if key.startswith(f"{measure}/") and key.count("/") == 2))
+
+
+def rows_of_set(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Row]:
+    """The table of one set: every figure beside the untrained model's and beside the best constant answer or chance.
+
+    The reference of a class-mean accuracy is one over the number of classes: what any constant answer gets.
+    """
+    rows = []
+
+    def add(label: str, key: str, reference: str = DASH, write=percent) -> None:
+        if key in figures:
+            rows.append(Row(label, write(figures[key]), write(baseline.get(key)), reference))
+
+    for column in _columns(figures, "zero_shot"):
+        prefix = f"zero_shot/{column}"
+        classes, num_rows = as_number(figures.get(f"{prefix}/classes")), figures.get(f"{prefix}/n")
+        size = ", ".join(text for text in (f"{count(classes)} classes" if classes else "", f"{count(num_rows)} images" if num_rows else "") if text)
+        add(f"zero-shot {column}, top 1" + (f" ({size})" if size else ""), f"{prefix}/top1", percent(figures.get(f"{prefix}/constant")))
+        add(f"zero-shot {column}, class mean", f"{prefix}/class_mean", percent(1 / classes if classes else None))
+    chance = figures.get("retrieval/chance_R@10")
+    size = f" (n {count(figures['retrieval/n'])})" if "retrieval/n" in figures else ""
+    for direction, words in DIRECTIONS.items():
+        add(f"{words}, R@10{size}", f"retrieval/{direction}/R@10", percent(chance))
+    add("mean recall, R@1/5/10", "retrieval/mean_recall", percent(figures.get("retrieval/chance_mean_recall")))
+    for column in _columns(figures, "probe"):
+        constant = figures.get(f"probe/{column}/constant", figures.get(f"zero_shot/{column}/constant"))
+        add(f"linear probe {column}, top 1", f"probe/{column}/top1", percent(constant))
+    add("modality gap", "modality_gap", write=lambda value: number(value, 3))
+    return rows
+
+
+def evaluation_rows(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """{set: rows}; sets of which nothing can be shown are left out."""
+    untrained = by_set(baseline)
+    tables = {name: rows_of_set(found, untrained.get(name, {})) for name, found in by_set(figures).items()}
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def evaluation_lines(figures: Mapping[str, Any]) -> list[str]:
+    """One line per set: 'eval_seen: zero-shot coarse, top 1 31.2% (vs 12.0%) | ...', against the best constant answer or chance."""
+    lines = []
+    for name, rows in evaluation_rows(figures, {}).items():
+        parts = [f"{re.sub(r' [(].*[)]$', '', row.label)} {row.model}" + (f" (vs {row.reference})" if row.reference != DASH else "") for row in rows]
+        lines.append(f"{name}: " + " | ".join(parts))
+    return lines
+
+
+def figure(key: str, value: Any) -> str:
+    """A figure as the tables write it: shares in percent, the modality gap as a number."""
+    return number(value, 3) if key.endswith("modality_gap") or (as_number(value) or 0) > 1 else percent(value)
