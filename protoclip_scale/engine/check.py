@@ -1,0 +1,183 @@
+"""``--check``: what a recipe amounts to on this machine, and every problem that can be found without training."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from protoclip_scale.data.index import index_of, open_readers
+from protoclip_scale.data.plan import Plan, check_lanes
+from protoclip_scale.data.spool import lane_bytes
+from protoclip_scale.data.tokenizers import tokenizer_for
+from protoclip_scale.engine import cost
+from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.errors import UserError
+from protoclip_scale.evaluation.sets import load_set
+from protoclip_scale.export.open_clip_layout import check_open_clip
+from protoclip_scale.models.build import build_model
+from protoclip_scale.objectives import build_objectives
+from protoclip_scale.prototypes.teacher import open_teacher
+from protoclip_scale.recipe import Recipe, dump
+
+T = TypeVar("T")
+EPISODES_ON_DISK = 2
+
+
+class Check:
+    """Collects tables, problems (exit code 1) and remarks about one recipe."""
+
+    def __init__(self, recipe: Recipe, world: int):
+        self.recipe = recipe
+        self.world = world
+        self.problems: list[str] = []
+        self.remarks: list[str] = []
+        self.tables: list[Table] = []
+        self.index = self.plan = None
+        self.needed_bytes: dict[str, int] = {}
+
+    def attempt(self, work: Callable[[], T], fix: str = "") -> T | None:
+        """The result of ``work``, or None and one more problem."""
+        try:
+            return work()
+        except UserError as error:
+            self.problems.append(f"{error}{fix}")
+            return None
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.tables.append(table)
+
+    def data(self) -> None:
+        """Rows per source, the plan and the length of the run, and bytes on disk."""
+        recipe, settings = self.recipe, self.recipe.data.plan
+        self.attempt(lambda: check_lanes(settings.lanes, self.world))
+        rows = [
+            ("global batch", f"{settings.global_batch:,}: {settings.global_batch // self.world:,} on each of {self.world} ranks, {settings.global_batch // settings.lanes:,} from each of {settings.lanes} lanes")
+        ]
+        readers = self.attempt(lambda: open_readers(recipe.data), self._preparation())
+        if readers:
+            self.index = index_of(readers)
+            rows += [(f"rows of {name}", f"{self.index.source_rows(number):,}") for number, name in enumerate(self.index.source_names)]
+            self.plan = self.attempt(lambda: Plan(self.index, settings))
+        if self.plan:
+            schedule = Schedule(recipe, self.plan.steps_per_episode, self.plan.num_rows)
+            total_steps = self.attempt(lambda: schedule.total_steps)
+            rows += [
+                ("rows of an epoch", f"{self.plan.num_rows:,}"),
+                ("rows of an episode", f"{self.plan.episode_size:,}: {self.plan.steps_per_episode:,} steps"),
+            ]
+            if total_steps:
+                rows.append(("steps in all", f"{total_steps:,} in {schedule.num_episodes:,} episodes, {total_steps * settings.global_batch:,} samples"))
+            episode = self.plan.episode(0)
+            self.needed_bytes["spool"] = EPISODES_ON_DISK * sum(lane_bytes(episode, lane, readers) for lane in range(settings.lanes))
+        self.table("Data", rows)
+
+    def _preparation(self) -> str:
+        """The command that makes the data, from the recipe's notes."""
+        command = " ".join(self.recipe.notes.partition("Prepare:")[2].split())
+        return f"; prepare it with: {command}" if command else ""
+
+    def model(self) -> None:
+        """Parameters, FLOPs, memory, and bytes of features."""
+        recipe = self.recipe
+        objectives = {name: each for name, each in build_objectives(recipe).items() if each.settings.weight > 0}
+        features = frozenset({"image", "text"}).union(*(each.needs for each in objectives.values()))
+        model = self.attempt(lambda: build_model(recipe, features, recipe.run.seed, fresh=False))
+        teacher_dim = self._teacher_dim()
+        if self.plan and recipe.prototypes:
+            self.needed_bytes["features"] = EPISODES_ON_DISK * cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
+        self.attempt(lambda: tokenizer_for(recipe.model.text))
+        if model is None:
+            return
+        self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]
+        counted = cost.measure(model, recipe)
+        self.table("Parameters", [(part, f"{number:,}") for part, number in counted.parameters.items()] + [("all", f"{counted.num_parameters:,}")])
+        flops = cost.flops_per_sample(counted, recipe, objectives)
+        self.table("FLOPs per sample", [(part, f"{number:.3g}") for part, number in flops.items()] + [("all", f"{sum(flops.values()):.3g}")])
+        memory = cost.memory_per_rank(counted, recipe, objectives, self.world)
+        self.table("Memory per rank under DDP", [(part, size_text(number)) for part, number in memory.items()] + [("all (estimate)", size_text(sum(memory.values())))])
+        if torch.cuda.is_available() and sum(memory.values()) > (available := torch.cuda.mem_get_info()[1]):
+            self.remarks.append(f"the estimated memory, {size_text(sum(memory.values()))}, is more than this GPU's {size_text(available)}: use more ranks or a smaller data.plan.global_batch")
+
+    def _teacher_dim(self) -> int:
+        settings = self.recipe.objectives.get("teacher")
+        if settings is None or self.index is None:
+            return 0
+        teacher = self.attempt(lambda: open_teacher(settings.features, self.index), "; tools/extract_teacher.py makes them")
+        return teacher.dim if teacher else 0
+
+    def disk(self) -> None:
+        """What the run writes beside checkpoints, against the free space where it will be."""
+        run = self.recipe.run
+        folder = Path(run.dir.format(name=self.recipe.name)).absolute()
+        scratch = Path(run.scratch_dir.format(dir=folder, name=self.recipe.name)).absolute()
+        existing = next(path for path in (scratch, *scratch.parents) if path.exists())
+        free, needed = shutil.disk_usage(existing).free, sum(self.needed_bytes.values())
+        self.table("Disk", [*((f"{part}, all lanes", size_text(number)) for part, number in self.needed_bytes.items()), (f"free at {existing}", size_text(free))])
+        if needed > free:
+            parts = " and ".join(self.needed_bytes)
+            self.problems.append(f"run.scratch_dir {scratch}: {parts} need {size_text(needed)}, {size_text(free)} are free; name another disk, or lower data.plan.episode_size")
+
+    def evaluation(self) -> None:
+        """Rows of the held-out sets."""
+        settings = self.recipe.evaluation
+        rows = []
+        for each in (*settings.sets, *([settings.probe_train] if settings.probe_train else [])):
+            held_out = self.attempt(lambda each=each: load_set(each, self.recipe.data.root, self.recipe.data.retry_seconds))
+            rows.append((each.name, f"{len(held_out):,} rows" if held_out else "not usable"))
+        if rows:
+            self.table("Held-out sets", rows)
+
+    def remark(self) -> None:
+        """What is allowed but worth knowing, and what this machine lacks."""
+        recipe = self.recipe
+        if recipe.variant == "reference" or (recipe.episodes.lit and recipe.episodes.lit.variant == "reference"):
+            self.remarks.append("variant reference repeats a deviation of the published code; batches and gradients may depend on the number of ranks")
+        if recipe.optim.precision == "fp16" and not torch.cuda.is_available():
+            self.remarks.append("optim.precision fp16 needs a GPU, and this machine shows none; bf16 and fp32 train on a CPU")
+        if recipe.prototypes and recipe.prototypes.engine == "faiss" and importlib.util.find_spec("faiss") is None:
+            self.problems.append("prototypes.engine faiss: faiss is not installed; install faiss-cpu or faiss-gpu, or set prototypes.engine to torch")
+        start = recipe.model.init_from
+        if start is not None and not start.startswith("open_clip:") and not Path(start).exists():
+            self.problems.append(f"model.init_from {start}: there is no such folder; name a run, an export, a transformers CLIP, or open_clip:NAME/TAG")
+
+
+def run_check(recipe: Recipe, world: int) -> int:
+    """Print the report on rank 0; the number of problems found. Reads footers and captions, builds the model, trains nothing."""
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    check = Check(recipe, world)
+    for part in (check.data, check.model, check.disk, check.evaluation, check.remark):
+        part()
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"[bold]Resolved recipe[/bold]\n\n{escape(dump(recipe))}")
+    for table in check.tables:
+        console.print(table)
+        console.print()
+    for remark in check.remarks:
+        console.print(f"[yellow]note[/yellow] {escape(remark)}")
+    for problem in check.problems:
+        console.print(f"[red]problem[/red] {escape(problem)}")
+    found = len(check.problems)
+    console.print(f"{found or 'no'} problem{'' if found == 1 else 's'} found")
+    return found
+
+
+def size_text(number: float) -> str:
+    """Bytes as B, kB, MB, GB or TB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"

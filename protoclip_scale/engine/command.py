@@ -1,0 +1,72 @@
+"""``launch/pretrain.py``: arguments, exit codes, and what a user reads when something is wrong."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from protoclip_scale.engine.signals import STOPPED_EXIT_CODE, Stopped
+from protoclip_scale.errors import UserError
+from protoclip_scale.recipe import Recipe, load_recipe
+from protoclip_scale.recipe.describe import help_text
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch/pretrain.py", description="Pretrain an image-text model from a recipe.", add_help=False)
+    parser.add_argument("--recipe", metavar="FILE", help="recipe YAML")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, for instance optim.lr=1e-3; may be repeated")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run is written (default: the recipe's run.dir)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="auto goes on with a run found in the run directory")
+    parser.add_argument("--extend", action="store_true", help="let schedule.total differ from the run that is resumed")
+    parser.add_argument("--expect-ranks", type=int, metavar="N", help="fail unless exactly N ranks run")
+    parser.add_argument("--check", action="store_true", help="train nothing; print what would be run and every problem found")
+    parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the keys of a recipe's section")
+    options = parser.parse_args(arguments)
+    if options.help is not None:
+        if options.help == "":
+            parser.print_help()
+            print()
+        print(help_text(options.help or None))
+        raise SystemExit(0)
+    if not options.recipe:
+        raise UserError("--recipe is missing: name a recipe, for instance --recipe recipes/demo.yaml")
+    return options
+
+
+def run_directory(recipe: Recipe, chosen: str | None) -> Path:
+    return Path(chosen or recipe.run.dir.format(name=recipe.name)).absolute()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0 done, 1 the user's error (one line), 75 stopped by a signal after a checkpoint was saved."""
+    folder: Path | None = None
+    try:
+        options = parse(arguments)
+        recipe = load_recipe(options.recipe, options.set)
+        if options.check:
+            from protoclip_scale.engine.check import run_check
+
+            return 1 if run_check(recipe, options.expect_ranks or int(os.environ.get("WORLD_SIZE", "1"))) else 0
+        folder = run_directory(recipe, options.run_dir)
+        from protoclip_scale.engine.run import pretrain  # torch and its libraries load only now: a typing mistake is told at once
+
+        return pretrain(recipe, folder, options)
+    except UserError as error:
+        return _tell(str(error), folder)
+    except Stopped:
+        return STOPPED_EXIT_CODE
+
+
+def _tell(message: str, folder: Path | None) -> int:
+    """One line on the error stream: rank 0's, or another rank's own if rank 0 does not have the same."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(1)
+        status = folder / "status.json" if folder else None
+        if status is None or (status.exists() and message[:80] in status.read_text(encoding="utf-8")):
+            return 1
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1

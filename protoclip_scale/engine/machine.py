@@ -1,0 +1,220 @@
+"""The episode machine: fetch, extract, cluster, train, evaluate, again and again.
+
+This is the one place where signals, kills, progress and resumption meet. What a phase has finished is published before the
+next one starts: weights and cursor after training, prototypes and labels after clustering, features and spool as they are
+written. So a run killed anywhere repeats at most the unfinished phase.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from protoclip_scale import collectives
+from protoclip_scale.data.plan import EpisodePlan
+from protoclip_scale.engine import checkpoint
+from protoclip_scale.engine.checkpoint import Cursor
+from protoclip_scale.engine.clustering import cluster, labelings, num_iterations
+from protoclip_scale.engine.context import RunContext
+from protoclip_scale.engine.extraction import extract, features_folder
+from protoclip_scale.engine.faults import event
+from protoclip_scale.engine.pictures import draw_prototypes
+from protoclip_scale.engine.signals import Stopped
+from protoclip_scale.engine.trainer import Trainer
+from protoclip_scale.engine.training import train_episode
+from protoclip_scale.errors import UserError
+from protoclip_scale.evaluation.run import evaluate
+from protoclip_scale.files import publish_text
+from protoclip_scale.objectives.base import locked_from
+from protoclip_scale.prototypes.episode import EpisodePrototypes
+from protoclip_scale.prototypes.teacher import TeacherFeatures
+
+COLLAPSED_ENTROPY = 0.95
+
+
+class _Interrupted(Exception):
+    """Leaves a fetch that was asked to stop; what it has finished stays."""
+
+
+class EpisodeMachine:
+    """Runs episodes from a cursor to the end of the schedule."""
+
+    def __init__(self, run: RunContext, trainer: Trainer, teacher: TeacherFeatures | None):
+        self.run = run
+        self.trainer = trainer
+        self.teacher = teacher
+        self.cursor = Cursor(episode=0, phase="fetch", step_in_episode=0, step=0)
+        self.prototypes: EpisodePrototypes | None = None
+        self.prefetch: threading.Thread | None = None
+        self.plan: EpisodePlan | None = None
+
+    def train(self) -> None:
+        """To the end of the schedule; raises Stopped, after saving, when a signal came."""
+        try:
+            while self.cursor.phase != "done":
+                episode = self.cursor.episode
+                if self.cursor.phase == "fetch":
+                    self.trainer.rebuild(self.frozen(episode))
+                    self._fetch(episode)
+                    if self._clusters(episode):
+                        self._extract_and_cluster(episode)
+                    self._move(phase="train")
+                elif self.cursor.phase == "train":
+                    self._train_episode(episode)
+                    self._move(phase="evaluate")
+                    self._save()
+                elif self.cursor.phase == "evaluate":
+                    self._evaluate(episode)
+                    self.prototypes = None
+                    finished = self.cursor.step >= self.run.schedule.total_steps
+                    self._move(phase="done" if finished else "fetch", episode=episode if finished else episode + 1, step_in_episode=0)
+        except Stopped:
+            self._save()
+            raise
+        finally:
+            if self.prefetch:
+                self.prefetch.join()
+
+    def resume(self, folder: Path, manifest: dict) -> None:
+        """Stand where a checkpoint was saved; what clustering published after it counts too."""
+        tensors = checkpoint.read_tensors(folder, manifest)
+        self.cursor = checkpoint.cursor_of(manifest)
+        more = checkpoint.prototypes_folder(folder)
+        if self.cursor.phase in ("fetch", "evaluate") and more.is_dir():
+            added = checkpoint.read_manifest(more)
+            tensors |= checkpoint.read_tensors(more, added)
+            self.cursor = checkpoint.cursor_of(added)
+        self.trainer.strategy.precision.load(manifest["scaler"])
+        self.trainer.build(self.frozen(self.cursor.episode), {n: t for n, t in tensors.items() if n.startswith(("model/", "optimizer/"))})
+        found = {name: tensor for name, tensor in tensors.items() if name.startswith("prototypes/")}
+        if found and self.cursor.phase == "train":
+            self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device)
+
+    def frozen(self, episode: int) -> bool:
+        lit, locked = self.run.recipe.episodes.lit, locked_from(self.run.recipe)
+        return lit is not None and lit.variant == "paper" and episode >= locked
+
+    def _clusters(self, episode: int) -> bool:
+        return any(objective.clusters for objective in self.trainer.active(episode).values())
+
+    def _move(self, **changes: object) -> None:
+        self.cursor = Cursor(**{**vars(self.cursor), **changes})
+
+    def _fetch(self, episode: int) -> None:
+        """The episode's rows onto this machine's disk; most of it may have been done while the one before trained."""
+        if self.prefetch:
+            self.prefetch.join()
+            self.prefetch = None
+        self.plan = self.run.plan.episode(episode)
+        with self.run.phase("fetch", episode, total=None, unit="blocks"):
+            collectives.on_each_machine(lambda: self._fill(episode, self.plan, self._fetched_block))
+            self.run.stop.agree()
+
+    def _fill(self, episode: int, plan: EpisodePlan, on_block: Callable[[int, int], None]) -> None:
+        with contextlib.suppress(_Interrupted):
+            self.run.spool.fill(plan, episode, self.run.lanes_of_node, self.run.readers, on_block=on_block)
+
+    def _fetched_block(self, done: int, total: int) -> None:
+        event("fetch.block")
+        self.run.console.advance(done)
+        if self.run.stop.raised:
+            raise _Interrupted
+
+    def _prefetch(self, episode: int) -> None:
+        """Fetch the next episode while this one trains; what goes wrong is met again, and told, when it is needed."""
+        if collectives.local_rank() or episode >= self.run.schedule.num_episodes:
+            return
+
+        def on_block(done: int, total: int) -> None:
+            event("prefetch.block")
+            if self.run.stop.raised:
+                raise _Interrupted
+
+        def work() -> None:
+            with contextlib.suppress(UserError):
+                self._fill(episode, self.run.plan.episode(episode), on_block)
+
+        self.prefetch = threading.Thread(target=work, daemon=True)
+        self.prefetch.start()
+
+    def _extract_and_cluster(self, episode: int) -> None:
+        active = self.trainer.active(episode)
+        teacher = self.teacher if "teacher" in labelings(active) else None
+        with self.run.phase("extract", episode, total=self.run.plan.episode_size, unit="rows"):
+            store = extract(self.run, self.trainer.strategy, self.plan, teacher, episode, self.cursor.step)
+        self.run.bad_rows.check()
+        with self.run.phase("cluster", episode, total=num_iterations(self.run, active), unit="iterations"):
+            self.prototypes, figures = cluster(self.run, store, active, episode)
+        self.run.log.metrics("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
+        self._warn_about_collapse(figures)
+        draw_prototypes(self.run, self.plan, store, self.prototypes)
+        folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
+        if collectives.broadcast_object(folder.is_dir()):
+            self._publish(checkpoint.prototypes_folder(folder), self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
+        collectives.on_each_machine(lambda: shutil.rmtree(features_folder(self.run.scratch, episode)))
+
+    def _warn_about_collapse(self, figures: dict[str, float]) -> None:
+        for name, share in figures.items():
+            if name.startswith("target_entropy/") and share > COLLAPSED_ENTROPY:
+                self.run.console.event(
+                    f"warning: soft targets of {name.split('/')[1]} prototypes are nearly uniform (entropy {share:.3f} ln K): "
+                    "they teach nothing; lower objectives.prototype.temperature, or use hard targets"
+                )
+
+    def _train_episode(self, episode: int) -> None:
+        """One pass over the episode, or what a resumed run has left of it."""
+        if not self.plan or self.plan.number != episode:
+            self._fetch(episode)
+        done = self.cursor.step_in_episode
+        first = self.cursor.step - done
+        every = self.run.recipe.run.checkpoint_steps
+        num_steps = min(self.run.plan.steps_per_episode, self.run.schedule.total_steps - first)
+        with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
+            for step in train_episode(self.run, self.trainer, self.plan, episode, done, self.cursor.step, self.prototypes):
+                self._move(step=step, step_in_episode=step - first)
+                if not self.prefetch:
+                    self._prefetch(episode + 1)
+                if every and step % every == 0:
+                    self._save()
+                self.run.stop.agree()
+        self.run.bad_rows.check()
+
+    def _evaluate(self, episode: int) -> None:
+        every, last = self.run.recipe.evaluation.every_episodes, self.cursor.step >= self.run.schedule.total_steps
+        if not self.run.recipe.evaluation.sets or not (last or (every and (episode + 1) % every == 0)):
+            return
+        if collectives.broadcast_object(self.run.log.last("eval", self.cursor.step)):
+            return
+        with self.run.phase("evaluate", episode, total=None, unit="sets"):
+            event("evaluate.start")
+            figures = evaluate(self.trainer.model, self.run.recipe, self.run.tokenizer, self.run.device)
+        self.run.log.metrics("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
+        self.run.console.evaluation(figures)
+
+    @property
+    def _samples(self) -> int:
+        return self.cursor.step * self.run.recipe.data.plan.global_batch
+
+    def _save(self) -> None:
+        """Publish the weights, the optimiser and, inside training, the prototypes; once for a step."""
+        folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
+        if collectives.broadcast_object(folder.is_dir()):
+            return
+        tensors = self.trainer.tensors()
+        if self.cursor.phase == "train" and self.prototypes:
+            tensors |= self.prototypes.tensors()
+        self._publish(folder, tensors, self.cursor)
+        if collectives.rank() == 0:
+            publish_text(folder.parent / "latest", folder.name + "\n")
+            checkpoint.prune(self.run.folder, self.run.recipe.run.keep_checkpoints)
+
+    def _publish(self, folder: Path, tensors: dict[str, torch.Tensor], cursor: Cursor) -> None:
+        about = checkpoint.describe(
+            cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state()
+        )
+        checkpoint.save(folder, tensors, about, self.run.guard_attempt)
+        self.run.log.metrics("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
+        self.run.console.event(f"saved checkpoints/{folder.name}")

@@ -1,0 +1,28 @@
+"""Being asked to stop: SIGTERM or SIGUSR1 on any rank stops all ranks at the same place, after a checkpoint."""
+
+import signal
+
+from protoclip_scale import collectives
+
+STOPPED_EXIT_CODE = 75
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop; the run can be resumed."""
+
+
+class StopFlag:
+    """Remembers a signal until the ranks next agree."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.raised = True
+
+    def agree(self) -> None:
+        """Raise Stopped on all ranks if any was asked to stop; a collective."""
+        if collectives.any_rank(self.raised):
+            raise Stopped

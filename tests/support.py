@@ -1,0 +1,144 @@
+"""What several tests share: where things lie, short settings, and real processes."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from protoclip_scale.engine import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+CORPUS = RECIPES / "demo_corpus"
+
+# A run of seconds: the demo recipe with small towers, batches and episodes. Real rows, every phase.
+TINY = (
+    "model.image.name=test_resnet",
+    "model.image.size=32",
+    "model.embed_dim=32",
+    "model.text={width: 32, heads: 2, layers: 1, context_length: 16}",
+    "model.prototype_heads={dim: 16, hidden_dim: 32}",
+    "data.plan={seed: 0, episode_size: 256, lanes: 4, global_batch: 64}",
+    "data.workers=0",
+    "schedule.total=3 episodes",
+    "schedule.warmup_steps=2",
+    "run.log_steps=1",
+    "run.trace_rows=true",
+    "run.export=null",
+    "evaluation=null",
+)
+TINY_PROTOTYPES = (*TINY, "prototypes.clusters=16", "prototypes.iterations=3", "prototypes.pictures=0")
+
+# Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["protoclip_scale.engine.run", "protoclip_scale.engine.check", "tests.support"])
+
+
+def overrides(values: tuple[str, ...]) -> list[str]:
+    return [argument for value in values for argument in ("--set", value)]
+
+
+def metrics(run_dir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def output(run_dir: Path, rank: int = 0) -> str:
+    """What a rank of ``pretrain`` wrote to its streams, in all attempts."""
+    return (run_dir.parent / f"{run_dir.name}-rank{rank}.log").read_text(errors="replace")
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    folder, manifest, _ = checkpoint.find(run_dir, "latest")
+    return checkpoint.read_tensors(folder, manifest)
+
+
+def launch(*arguments: str | Path, ranks: int = 1, script: str = "launch/pretrain.py", timeout: int = 280) -> subprocess.CompletedProcess:
+    """Run a launch script as its users do, through accelerate; the finished process with its output as text."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if ranks > 1:
+        command += ["--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(ranks), "--main_process_port", str(_free_port())]
+    return subprocess.run([*command, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def pretrain(run_dir: Path, recipe: str, values: tuple[str, ...], *arguments: str, ranks: int = 1, env: dict[str, str] | None = None) -> list[int]:
+    """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed the others are."""
+    command = ["--recipe", str(RECIPES / recipe), "--run-dir", str(run_dir), *overrides(values), *arguments]
+    logs = [str(run_dir.parent / f"{run_dir.name}-rank{rank}.log") for rank in range(ranks)]
+    return _run(_pretrain, ranks, env or {}, [(log, command) for log in logs])
+
+
+def spawn(function: Callable, world: int, *arguments) -> list:
+    """``function(rank, world, *arguments)`` in ``world`` processes that can join over gloo; what each returned (tensors and plain values)."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / f"{rank}.pt" for rank in range(world)]
+        codes = _run(_call, world, {}, [(str(path), function, rank, world, arguments) for rank, path in enumerate(results)])
+        problems = [path.with_suffix(".txt").read_text() for path in results if path.with_suffix(".txt").exists()]
+        assert codes == [0] * world, "\n".join(problems)
+        return [torch.load(path, weights_only=True) for path in results]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tuple], seconds: float = 240) -> list[int]:
+    """Exit codes of ``target(*arguments[rank])`` in one process per rank, joined as a launcher joins them."""
+    if ranks > 1:
+        env = env | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    places = [env | ({"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}) for rank in range(ranks)]
+    workers = [_PROCESSES.Process(target=_enter, args=(places[rank], target, arguments[rank])) for rank in range(ranks)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + seconds
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        if any(worker.exitcode not in (None, 0, 75) for worker in workers):
+            time.sleep(1)  # the others may be about to say why, too
+            break
+        time.sleep(0.02)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    return [worker.exitcode for worker in workers]
+
+
+def _enter(env: dict[str, str], target: Callable, arguments: tuple) -> None:
+    os.environ.update(env)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
+def _pretrain(log: str, command: list[str]) -> None:
+    from protoclip_scale.engine.command import main
+
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        code = 1
+        try:
+            code = main(command)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _call(path: str, function: Callable, rank: int, world: int, arguments: tuple) -> None:
+    try:
+        torch.save(function(rank, world, *arguments), path)
+    except BaseException:
+        Path(path).with_suffix(".txt").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise

@@ -1,0 +1,126 @@
+"""--check: the figures it prints are right, and it finds every problem at once."""
+
+import pytest
+import torch
+
+from protoclip_scale.engine import cost
+from protoclip_scale.engine.check import Check, run_check, size_text
+from protoclip_scale.models.build import build_model
+from protoclip_scale.objectives import build_objectives
+from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.recipe import load_recipe
+from tests.support import RECIPES, TINY, TINY_PROTOTYPES
+
+
+def report(capsys, name: str, *overrides: str, world: int = 1) -> tuple[int, str]:
+    found = run_check(load_recipe(RECIPES / f"{name}.yaml", overrides), world)
+    return found, capsys.readouterr().out
+
+
+def test_a_sound_recipe_has_no_problem(capsys, tmp_path):
+    found, text = report(capsys, "demo_clip", *TINY, f"run.dir={tmp_path}/run", world=2)
+    assert found == 0 and text.rstrip().endswith("no problems found")
+    assert "global_batch: 64" in text  # the resolved recipe
+    for part in ("rows of demo_corpus", "4,949", "256: 4 steps", "12 in 3 episodes, 768 samples", "64: 32 on each of 2 ranks, 16 from each of 4 lanes", "spool, all lanes", f"free at {tmp_path}"):
+        assert part in text, part
+    assert not (tmp_path / "run").exists()  # nothing is written
+
+
+def test_every_problem_is_told_at_once(capsys, tmp_path):
+    sets = "evaluation.sets=[{name: held, files: none-*.parquet}]"
+    found, text = report(capsys, "demo", *TINY_PROTOTYPES, sets, f"objectives.teacher.features={tmp_path}/none", "model.init_from=runs/no-such-run", world=3)
+    problems = [line for line in text.splitlines() if line.startswith("problem ")]
+    assert found == len(problems) == 4
+    for part in ("world size 3 does not divide data.plan.lanes 4", "none-*.parquet", "tools/extract_teacher.py", "model.init_from runs/no-such-run"):
+        assert sum(part in problem for problem in problems) == 1, part
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("data.plan.episode_size=6400", "more than the 4949 rows"),
+        ("data.plan.epoch_rows=5000", "data.plan.epoch_rows 5000 is more than the 4949 rows"),
+        ("data.sources.0.columns.image=picture", "picture"),
+        ("model.image.name=resnet51", "resnet51"),
+    ],
+)
+def test_problems_that_only_data_and_libraries_show(capsys, override, part):
+    found, text = report(capsys, "demo_clip", *TINY, override)
+    assert found == 1
+    assert part in next(line for line in text.splitlines() if line.startswith("problem "))
+
+
+def test_missing_data_names_the_command_that_prepares_it(capsys):
+    found, text = report(capsys, "yfcc15m_clip", *TINY)
+    problem = next(line for line in text.splitlines() if line.startswith("problem "))
+    assert found == 1 and "no files match" in problem and "prepare it with: img2dataset --url_list yfcc15m.tsv" in problem
+
+
+def test_full_disk_is_a_problem(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    found, text = report(capsys, "demo_protoclip", *TINY_PROTOTYPES, f"run.scratch_dir={tmp_path}")
+    assert found == 1 and "run.scratch_dir" in text and "spool and features need" in text and "1 kB are free" in text
+
+
+def test_only_rank_zero_reports(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert report(capsys, "demo_clip", *TINY) == (0, "")
+
+
+def model_cost(*overrides: str):
+    recipe = load_recipe(RECIPES / "demo_protoclip.yaml", [*TINY_PROTOTYPES, *overrides])
+    objectives = build_objectives(recipe)
+    features = frozenset().union(*(each.needs for each in objectives.values()))
+    model = build_model(recipe, features, seed=0)
+    return recipe, objectives, model, cost.measure(model, recipe)
+
+
+def test_flops_of_a_text_layer_are_those_of_the_textbook():
+    """One layer more: 24 C w^2 for the projections and the MLP, 4 C^2 w for attention, C tokens of width w."""
+    *_, one = model_cost()
+    *_, two = model_cost("model.text.layers=2")
+    tokens, width = 16, 32
+    assert two.forward_flops - one.forward_flops == 24 * tokens * width**2 + 4 * tokens**2 * width
+    assert two.num_parameters - one.num_parameters == 12 * width**2 + 13 * width  # four biases and two layer norms
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    recipe, _, model, counted = model_cost()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    cost.measure(model, recipe)
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert counted.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_memory_follows_ranks_and_clusters():
+    recipe, objectives, _, counted = model_cost()
+    one, two = (cost.memory_per_rank(counted, recipe, objectives, world) for world in (1, 2))
+    assert one["parameters"] == two["parameters"] == 4 * counted.num_parameters
+    assert one["AdamW moments"] == 8 * counted.num_parameters
+    assert one["loss tiles"] == 2 * two["loss tiles"] == 4 * (2 * 2 * 64 * 64 + 6 * 64 * 16)  # two logits with gradients; K = 16
+    assert one["prototypes"] == 4 * 4 * 16 * 16  # both centroids and both translations of K x P
+    assert abs(one["activations (estimate)"] - 2 * two["activations (estimate)"]) <= 64
+
+
+def test_feature_bytes_are_those_of_a_store(tmp_path):
+    recipe = load_recipe(RECIPES / "demo_protoclip.yaml", TINY_PROTOTYPES)
+    store = FeatureStore.create(tmp_path, {"image": 16, "text": 16, "teacher": 8}, parts=4, rows=64)
+    for part in range(4):
+        store.writer(part).close()
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    assert cost.feature_store_bytes(recipe, 256, teacher_dim=8) == pytest.approx(on_disk, abs=200 * 16)  # headers of .npy files
+
+
+def test_check_needs_no_prototypes_to_run():
+    recipe = load_recipe(RECIPES / "demo_clip.yaml", TINY)
+    check = Check(recipe, 1)
+    check.data()
+    assert cost.feature_store_bytes(recipe, 256, 0) == 0
+    assert list(check.needed_bytes) == ["spool"]
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e15, "3,000.0 TB")])
+def test_size_text(number, text):
+    assert size_text(number) == text
