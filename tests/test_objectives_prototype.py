@@ -21,7 +21,7 @@ SCALE = torch.tensor(1 / 0.07, dtype=torch.float64)
 def translated(num_clusters: int) -> torch.Tensor:
     means = torch.zeros(num_clusters, 2, dtype=torch.float64)
     for k in range(3):
-        means[k] = STUDENT[LABELS == k].mean(dim=0)
+        means[k] = STUDENT[k == LABELS].mean(dim=0)
     return means
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.context import RunContext
@@ -24,7 +23,7 @@ def labelings(objectives: dict[str, Objective]) -> list[str]:
 
 def num_iterations(run: RunContext, objectives: dict[str, Objective]) -> int:
     """k-means iterations of an episode at most, over all labelings and restarts."""
-    return len(labelings(objectives)) * run.recipe.prototypes.restarts * (run.recipe.prototypes.iterations + 1)
+    return len(labelings(objectives)) * run.recipe.prototypes.restarts * run.recipe.prototypes.iterations
 
 
 def cluster(
@@ -46,7 +45,7 @@ def cluster(
         def on_iteration(restart: int, iteration: int, objective: float, moved: int, empty: int, number: int = number, name: str = name) -> None:
             event("cluster.iteration")
             run.stop.agree()
-            done = (number * settings.restarts + restart) * (settings.iterations + 1) + iteration + 1
+            done = (number * settings.restarts + restart) * settings.iterations + iteration + 1
             run.console.advance(done, f"{name}: objective {objective:.4f}, {moved} rows moved, {empty} clusters refilled")
 
         result = kmeans.fit(features[name], first_positions, settings, (run.recipe.data.plan.seed, episode, LABELINGS.index(name)), on_iteration)
@@ -59,7 +58,7 @@ def cluster(
             if teacher != student:
                 prototypes[f"{student}_from_{teacher}"] = back_translation.class_means(features[student], labels[teacher], settings.clusters)
     if settings.normalize_centroids:
-        prototypes = {name: normalize(torch.from_numpy(rows), dim=1).numpy() for name, rows in prototypes.items()}
+        prototypes = {name: back_translation.unit_rows(rows) for name, rows in prototypes.items()}
     for objective in objectives.values():
         for name, temperature in objective.soft_target_temperatures().items():
             figures[f"target_entropy/{name}"] = diagnostics.target_entropy(prototypes[f"{name}_centroids"], labels[name], temperature)

@@ -4,15 +4,15 @@ import io
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from protoclip_scale.report.prototype_grid import draw_prototypes as draw_grid
 
 from protoclip_scale import collectives
 from protoclip_scale.data.plan import EpisodePlan
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.report.prototype_grid import draw_prototypes as draw_grid
 
-MEMBERS = 8
+MEMBERS = 6
 SMALLEST_SHOWN = 4
 
 
@@ -24,10 +24,9 @@ def draw_prototypes(run: RunContext, plan: EpisodePlan, store: FeatureStore, pro
     for modality in ("image", "text"):
         if f"{modality}_centroids" not in prototypes.centroids:
             continue
-        features = np.concatenate([np.asarray(store.read(modality, lane)) for lane in run.lanes])
         labels = prototypes.labels[modality].numpy().reshape(run.recipe.data.plan.lanes, -1)[run.lanes.start : run.lanes.stop].reshape(-1)
         centroids = prototypes.centroids[f"{modality}_centroids"].cpu().numpy()
-        distances = np.square(features - centroids[labels]).sum(axis=1)
+        distances = _squared_distances(run, store, modality, labels, centroids)
         sizes = np.bincount(labels, minlength=len(centroids))
         spread = np.bincount(labels, weights=distances, minlength=len(centroids)) / np.maximum(sizes, 1)
         candidates = np.flatnonzero(sizes >= min(SMALLEST_SHOWN, sizes.max()))
@@ -40,6 +39,17 @@ def draw_prototypes(run: RunContext, plan: EpisodePlan, store: FeatureStore, pro
         path = run.folder / "pictures" / f"prototypes-{plan.number + 1:04d}-{modality}.png"
         path.parent.mkdir(exist_ok=True)
         draw_grid(path, cards)
+
+
+def _squared_distances(run: RunContext, store: FeatureStore, modality: str, labels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Of every row of the own lanes to its centroid; one block of features in memory at a time."""
+    distances = np.empty(len(labels), dtype=np.float32)
+    for number, lane in enumerate(run.lanes):
+        for start, block in store.blocks(modality, lane):
+            first = number * run.plan.lane_rows + start
+            rows = slice(first, first + len(block))
+            distances[rows] = np.square(block - centroids[labels[rows]]).sum(axis=1)
+    return distances
 
 
 def _row(run: RunContext, plan: EpisodePlan, place: int) -> tuple[Image.Image, str]:

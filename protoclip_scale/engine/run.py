@@ -28,6 +28,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.run import baseline
 from protoclip_scale.export.open_clip_layout import check_open_clip, export_open_clip
 from protoclip_scale.files import publish_json
+from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe
@@ -133,10 +134,17 @@ def _train(run: RunContext, accelerator, start: Start) -> None:
     machine.train()
     export = run.folder / "export" / "open_clip"
     if recipe.run.export:
-        collectives.from_rank_zero(lambda: export_open_clip(trainer.model, recipe, export))
+        collectives.from_rank_zero(lambda: _export(trainer.model, recipe, export))
     collectives.on_each_machine(lambda: shutil.rmtree(run.scratch, ignore_errors=True))
     facts = {"memory_gb": _peak_memory_gb(), "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
+    run.console.save_svg(run.folder / "pictures" / "console.svg")
     run.console.finish(last_facts(run, **facts))
+
+
+def _export(model: DualEncoder, recipe: Recipe, folder: Path) -> None:
+    """Replace the run's export by one of these weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    export_open_clip(model, recipe, folder)
 
 
 def _peak_memory_gb() -> float:

@@ -44,7 +44,7 @@ def last_facts(run: RunContext, memory_gb: float, seconds: float, export: Path |
     """What came out, where it lies, and what it cost."""
     baseline = run.folder / "baseline.json"
     newest = checkpoint.list_checkpoints(run.folder)
-    pictures = sorted((run.folder / "pictures").glob("*.png"))
+    pictures = [*sorted((run.folder / "pictures").glob("*.png"))[-2:], run.folder / "pictures" / "console.svg"]
     return {
         "evaluation": run.log.last("eval") or {},
         "baseline": json.loads(baseline.read_text()) if baseline.exists() else {},
@@ -59,6 +59,6 @@ def last_facts(run: RunContext, memory_gb: float, seconds: float, export: Path |
         "checkpoint": shown(newest[-1]) if newest else None,
         "export": shown(export) if export else None,
         "export_command": None if export else f"python launch/export.py --run {shown(run.folder)} --layout open_clip --out DIR",
-        "pictures": [shown(path) for path in pictures[-2:]],
+        "pictures": [shown(path) for path in pictures if path.exists()],
         "notes": [f"{run.bad_rows.rows_bad} rows could not be decoded; see {shown(run.bad_rows.quarantine.path)}"] if run.bad_rows.rows_bad else [],
     }

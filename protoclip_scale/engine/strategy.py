@@ -5,13 +5,15 @@ world is checked against the launcher's promise. Arithmetic in the towers is set
 """
 
 import contextlib
+import inspect
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from protoclip_scale.errors import UserError
@@ -31,15 +33,21 @@ def start(timeout_minutes: float) -> Accelerator:
     use_cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=use_cpu,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
     )
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != promised:
         raise UserError(f"the launcher promised {promised} ranks but {accelerator.num_processes} run; launch with --config_file launch/accelerate/cpu.yaml or ddp.yaml")
     return accelerator
+
+
+def distributed(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
+    """DDP that leaves buffers alone: ``GroupBatchNorm`` keeps its own equal on all ranks."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the name changed in torch 2.15
+    # Convolutions in channels_last give 1 x 1 weights gradients of other strides but the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device], **{no_sync: False})
 
 
 class Precision:
@@ -77,8 +85,7 @@ class Strategy:
         """Wrap a model whose weights are final; call again after a change of what is trained."""
         self.bare_model = model
         self.optimizer = optimizer
-        self.model = self.accelerator.prepare_model(model) if self.accelerator.num_processes > 1 else model
-        assert self.accelerator.num_processes == 1 or isinstance(self.model, nn.parallel.DistributedDataParallel)
+        self.model = distributed(model, self.device) if self.accelerator.num_processes > 1 else model
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients averaged over ranks, scaled for fp16."""

@@ -74,10 +74,8 @@ def _never_raises(method: Callable) -> Callable:
     def guarded(self, *arguments, **keywords):
         try:
             return method(self, *arguments, **keywords)
-        except Exception as error:  # whatever a terminal or a figure does, training goes on
-            self._give_way(f"console: {type(error).__name__} in {method.__name__}: {error}")
-            if isinstance(error, BrokenPipeError):
-                let_go_of_stdout()
+        except Exception as error:  # whatever a figure does, training goes on
+            self._note_problem(f"console: {type(error).__name__} in {method.__name__}: {error}")
 
     return guarded
 
@@ -91,12 +89,23 @@ class DrawingConsole(Console):
         self.last_line = clock()
         self.output: Lines = PanelOutput(terminal, LivePanel(self.progress)) if live else Lines(terminal)
 
-    def _give_way(self, problem: str) -> None:
+    def _note_problem(self, problem: str) -> None:
         self.problem = self.problem or problem
-        with contextlib.suppress(Exception):
-            self.output.close()
-        self.output = Lines(self.terminal) if isinstance(self.output, PanelOutput) else Silence(self.terminal)
         self._log(problem)
+
+    def _put(self, method: str, *arguments: Any) -> None:
+        """Call the output; one that fails gives way to a simpler one, which is given the same."""
+        while True:
+            try:
+                return getattr(self.output, method)(*arguments)
+            except Exception as error:  # whatever a terminal does, training goes on
+                assert not isinstance(self.output, Silence), error
+                self._note_problem(f"console: {type(error).__name__} in {method}: {error}")
+                if isinstance(error, BrokenPipeError):
+                    let_go_of_stdout()
+            with contextlib.suppress(Exception):
+                self.output.close()
+            self.output = Lines(self.terminal) if isinstance(self.output, PanelOutput) else Silence(self.terminal)
 
     def _log(self, text: str) -> None:
         if self.log_path is None:
@@ -110,17 +119,17 @@ class DrawingConsole(Console):
     def _line(self, text: str, style: str = "") -> None:
         self.last_line = self.progress.clock()
         self._log(text)
-        self.output.line(text, style)
+        self._put("line", text, style)
 
     def _screen(self, screen: RenderableType) -> None:
         self._log(as_text(screen, LOG_WIDTH))
-        self.output.screen(screen)
+        self._put("screen", screen)
 
     def _progress_line(self, text: str) -> None:
         """A line of the log and of plain output; the panel shows the same figures in place."""
         self.last_line = self.progress.clock()
         self._log(text)
-        self.output.step_line(text)
+        self._put("step_line", text)
 
     @_never_raises
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -133,7 +142,7 @@ class DrawingConsole(Console):
         self.progress.open_phase(Phase(name, episode, num_episodes, total, unit, self.progress.clock(), first=done, done=done))
         opened = self.progress.phase
         self._progress_line(f"{opened.place()} {name} begins: {opened.amount() if total else unit}")
-        self.output.draw(now=True)
+        self._put("draw", True)
 
     def _close_phase(self) -> None:
         if line := self.progress.close_phase():
@@ -147,13 +156,13 @@ class DrawingConsole(Console):
         phase.done, phase.note = done, note or phase.note
         if self.progress.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self._progress_line(phase.progress_line(self.progress.clock()))
-        self.output.draw(now=False)
+        self._put("draw", False)
 
     @_never_raises
     def step(self, figures: Mapping[str, Any]) -> None:
         self.progress.step(figures)
         self._progress_line(plain.step_line(figures, self.progress.phase.place() if self.progress.phase else ""))
-        self.output.draw(now=False)
+        self._put("draw", False)
 
     @_never_raises
     def event(self, text: str) -> None:
@@ -172,7 +181,7 @@ class DrawingConsole(Console):
         self._screen(last_screen(summary))
         for line in place_lines(summary):
             self._log(line)
-            self.output.copyable(line)
+            self._put("copyable", line)
 
     @_never_raises
     def failure(self, message: str) -> None:
@@ -181,12 +190,12 @@ class DrawingConsole(Console):
 
     def _stop_panel(self) -> None:
         if isinstance(self.output, PanelOutput) and self.output.live is not None:
-            self.output.draw(now=True)
-        self.output.close()
+            self._put("draw", True)
+        self._put("close")
 
     @_never_raises
     def close(self) -> None:
-        self.output.close()
+        self._put("close")
 
     @_never_raises
     def save_svg(self, path: Path, width: int = 100) -> None:

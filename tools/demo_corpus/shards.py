@@ -94,7 +94,7 @@ def write_shards(by_split: dict[str, pa.Table], folder: Path) -> list[Path]:
                 table.slice(start, count),
                 path,
                 row_group_size=ROW_GROUP_ROWS,
-                compression={"image.bytes": "none"} | {column: "zstd" for column in TEXT_COLUMNS},
+                compression={"image.bytes": "none"} | dict.fromkeys(TEXT_COLUMNS, "zstd"),
                 use_dictionary=["label", "source", "coarse", "style", "license"],
                 write_statistics=TEXT_COLUMNS,
             )

