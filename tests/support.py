@@ -31,6 +31,7 @@ TINY = (
     "data.workers=0",
     "schedule.total=3 episodes",
     "schedule.warmup_steps=2",
+    "run.threads=1",
     "run.log_steps=1",
     "run.trace_rows=true",
     "run.export=null",

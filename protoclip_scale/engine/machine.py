@@ -150,7 +150,8 @@ class EpisodeMachine:
             self.prototypes, figures = cluster(self.run, store, active, episode)
         self.run.log.metrics("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self._warn_about_collapse(figures)
-        draw_prototypes(self.run, self.plan, store, self.prototypes)
+        if self._evaluates(episode):
+            draw_prototypes(self.run, self.plan, store, self.prototypes)
         folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
         if collectives.broadcast_object(folder.is_dir()):
             self._publish(checkpoint.prototypes_folder(folder), self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
@@ -182,9 +183,12 @@ class EpisodeMachine:
                 self.run.stop.agree()
         self.run.bad_rows.check()
 
+    def _evaluates(self, episode: int) -> bool:
+        every, last = self.run.recipe.evaluation.every_episodes, episode + 1 == self.run.schedule.num_episodes
+        return last or bool(every and (episode + 1) % every == 0)
+
     def _evaluate(self, episode: int) -> None:
-        every, last = self.run.recipe.evaluation.every_episodes, self.cursor.step >= self.run.schedule.total_steps
-        if not self.run.recipe.evaluation.sets or not (last or (every and (episode + 1) % every == 0)):
+        if not self.run.recipe.evaluation.sets or not self._evaluates(episode):
             return
         if collectives.broadcast_object(self.run.log.last("eval", self.cursor.step)):
             return

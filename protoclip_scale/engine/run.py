@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import os
 import shutil
 import time
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 from protoclip_scale import collectives
 from protoclip_scale.data.index import index_of, open_readers
@@ -37,8 +39,8 @@ from protoclip_scale.report.console import make_console
 
 def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     """Train a recipe in a run directory; the exit code."""
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    memory_after_imports = _peak_memory_gb()
+    torch.set_num_threads(recipe.run.threads or default_threads())
     stop = StopFlag()
     accelerator = strategies.start(recipe.run.timeout_minutes)
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
@@ -51,7 +53,7 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     try:
         log.write_status("running")
         run = _context(recipe, folder, start, accelerator.device, stop, log, console)
-        _train(run, accelerator, start)
+        _train(run, accelerator, start, memory_after_imports)
     except Stopped:
         console.close()
         log.write_status("stopped", STOPPED_EXIT_CODE, "stopped by a signal after a checkpoint was saved")
@@ -106,7 +108,7 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
     )
 
 
-def _train(run: RunContext, accelerator, start: Start) -> None:
+def _train(run: RunContext, accelerator: Accelerator, start: Start, memory_after_imports: float) -> None:
     recipe = run.recipe
     began = time.monotonic()
     objectives = build_objectives(recipe)
@@ -136,7 +138,7 @@ def _train(run: RunContext, accelerator, start: Start) -> None:
     if recipe.run.export:
         collectives.from_rank_zero(lambda: _export(trainer.model, recipe, export))
     collectives.on_each_machine(lambda: shutil.rmtree(run.scratch, ignore_errors=True))
-    facts = {"memory_gb": _peak_memory_gb(), "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
+    facts = {"memory_gb": _peak_memory_gb(), "memory_after_imports_gb": memory_after_imports, "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
     run.console.save_svg(run.folder / "pictures" / "console.svg")
     run.console.finish(last_facts(run, **facts))
 
@@ -145,6 +147,13 @@ def _export(model: DualEncoder, recipe: Recipe, folder: Path) -> None:
     """Replace the run's export by one of these weights."""
     shutil.rmtree(folder, ignore_errors=True)
     export_open_clip(model, recipe, folder)
+
+
+def default_threads() -> int:
+    """CPU threads of a rank: its share of the cores where there is no GPU (launchers set one), torch's choice beside a GPU."""
+    if torch.cuda.is_available():
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _peak_memory_gb() -> float:

@@ -40,7 +40,7 @@ def start_facts(run: RunContext, model: DualEncoder, resumed: Path | None) -> di
     }
 
 
-def last_facts(run: RunContext, memory_gb: float, seconds: float, export: Path | None) -> dict[str, Any]:
+def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float, seconds: float, export: Path | None) -> dict[str, Any]:
     """What came out, where it lies, and what it cost."""
     baseline = run.folder / "baseline.json"
     newest = checkpoint.list_checkpoints(run.folder)
@@ -60,5 +60,8 @@ def last_facts(run: RunContext, memory_gb: float, seconds: float, export: Path |
         "export": shown(export) if export else None,
         "export_command": None if export else f"python launch/export.py --run {shown(run.folder)} --layout open_clip --out DIR",
         "pictures": [shown(path) for path in pictures if path.exists()],
-        "notes": [f"{run.bad_rows.rows_bad} rows could not be decoded; see {shown(run.bad_rows.quarantine.path)}"] if run.bad_rows.rows_bad else [],
+        "notes": [
+            f"{memory_gb - memory_after_imports_gb:.2f} GB of the peak memory are above what imports take",
+            *([f"{run.bad_rows.rows_bad} rows could not be decoded; see {shown(run.bad_rows.quarantine.path)}"] if run.bad_rows.rows_bad else []),
+        ],
     }

@@ -97,8 +97,9 @@ def train_episode(
                     "samples_per_second": rate,
                     "data_wait_share": sum(waits) / elapsed,
                     "memory_gb": psutil.Process().memory_info().rss / 2**30,
-                    "skipped_steps": nonfinite.total,
                 }
+                if nonfinite.total:
+                    figures["skipped_steps"] = nonfinite.total
                 for name, label in (("logit_scale", "scale/logit"), ("prototype_scale", "scale/prototype")):
                     if name in loss.features:
                         figures[label] = loss.features[name].item()

@@ -185,7 +185,7 @@ class Prototypes(Section):
     engine: Literal["faiss", "torch"] = Field("faiss", description="Which library searches the nearest centroid.")
     refresh: Literal["episode"] = Field("episode", description="episode: extract and cluster before each episode, the paper's method.")
     normalize_centroids: bool = Field(False, description="Scale centroids to unit length before targets are formed; the reference does not.")
-    pictures: int = Field(12, ge=0, description="Prototypes drawn as an image grid after each clustering; 0 draws none.")
+    pictures: int = Field(12, ge=0, description="Prototypes drawn as an image grid in episodes that end with an evaluation; 0 draws none.")
 
 
 class Optim(Section):
@@ -260,7 +260,7 @@ class Run(Section):
     log_steps: Positive = Field(10, description="Steps between lines of the log and of metrics.jsonl.")
     export: Literal["open_clip"] | None = Field(None, description="Layout of the export written to the run directory at the end; null writes none (launch/export.py can later).")
     trace_rows: bool = Field(False, description="Write which row stood in which step to trace/.")
-    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 leaves torch's own choice.")
+    threads: int = Field(0, ge=0, description="CPU threads per rank; 0 gives each rank its share of the cores on a machine without a GPU.")
     timeout_minutes: float = Field(30, gt=0, description="How long a collective may wait before the run fails.")
 
 
