@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
     """The chosen checkpoints of a run, oldest first, or the one model of an export; each is loaded when its turn comes."""
+    from protoclip_scale import collectives
     from protoclip_scale.engine.checkpoint import find, list_checkpoints, load_model
     from protoclip_scale.evaluation.suites import suite_of_recipe
     from protoclip_scale.models.build import load_open_clip_export
@@ -51,7 +52,8 @@ def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
     if not (folder / "checkpoints").is_dir():
         what = "is neither a run directory (no checkpoints/) nor an open_clip export (no open_clip_config.json)" if folder.is_dir() else "does not exist"
         raise UserError(f"--model {folder} {what}; name the directory that training or launch/export.py wrote")
-    found = list_checkpoints(folder) if checkpoint == "all" else [find(folder, checkpoint)[0]]
+    # Rank 0 chooses: a run that is still training may publish between two ranks' looks.
+    found = collectives.from_rank_zero(lambda: list_checkpoints(folder) if checkpoint == "all" else [find(folder, checkpoint)[0]])
     if not found:
         raise UserError(f"--model {folder}: it holds no checkpoint yet; train it first")
     for path in found:

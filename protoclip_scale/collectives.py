@@ -47,28 +47,9 @@ class _AllGather(torch.autograd.Function):
         return summed[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        summed = tensor.contiguous().clone()
-        dist.all_reduce(summed)
-        return summed
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        summed = gradient.contiguous().clone()
-        dist.all_reduce(summed)
-        return summed
-
-
 def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     """[B, ...] on each rank -> [W*B, ...] in rank order on all; every rank must hold the same B."""
     return tensor if world_size() == 1 else _AllGather.apply(tensor)
-
-
-def all_reduce_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks; the gradient is summed over ranks too (the loss of all ranks depends on the sum)."""
-    return tensor if world_size() == 1 else _AllReduce.apply(tensor)
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:

@@ -4,5 +4,8 @@
 class UserError(ValueError):
     """Bad input of the user's: its message is one line that says what, where and what to do.
 
-    Launch scripts print that line and exit with code 1; they show a traceback for everything else.
+    Launch scripts print that line and exit with code 1; they show a traceback for everything else. ``told``: it is in the
+    run's status.json, where ranks that fail later look for the first one's.
     """
+
+    told = False

@@ -39,6 +39,8 @@ TINY = (
 )
 TINY_PROTOTYPES = (*TINY, "prototypes.clusters=16", "prototypes.iterations=3", "prototypes.pictures=0")
 
+ENDED_BY_US = -1000  # a rank that was still running when another had died
+
 # Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["protoclip_scale.engine.run", "protoclip_scale.engine.check", "tests.support"])
@@ -103,15 +105,17 @@ def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tupl
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + seconds
-    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+    while any(worker.is_alive() for worker in workers):
+        assert time.monotonic() < deadline, "the processes hang"
         if any(worker.exitcode not in (None, 0, 75) for worker in workers):
             time.sleep(1)  # the others may be about to say why, too
             break
         time.sleep(0.02)
+    codes = [worker.exitcode if worker.exitcode is not None else ENDED_BY_US for worker in workers]
     for worker in workers:
         worker.kill()
         worker.join()
-    return [worker.exitcode for worker in workers]
+    return codes
 
 
 def _enter(env: dict[str, str], target: Callable, arguments: tuple) -> None:

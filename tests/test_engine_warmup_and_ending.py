@@ -41,7 +41,7 @@ def walk(rank: int, world: int, spool_folder: str, variant: str) -> dict[str, li
     strategy = strategies.Strategy(accelerator, strategies.Precision("fp32", accelerator.device))
     trainer = Trainer(recipe, strategy, build_objectives(recipe), Schedule(recipe, plan.steps_per_episode, plan.num_rows))
     trainer.build(frozen=False)
-    told = {}
+    told = {"decaying heads": [n for g in strategy.optimizer.param_groups if g["weight_decay"] for n in g["names"] if "prototype" in n]}
     for episode, name in ((0, "warmup"), (1, "prototypes"), (LOCKED, "locked")):
         trainer.rebuild(frozen=episode == LOCKED and variant == "paper")
         strategy.model.train()
@@ -66,11 +66,12 @@ def head_part(names: list[str]) -> list[str]:
 
 def test_warmup_moves_no_head_and_the_locked_ending_no_image_tower(tmp_path):
     for told in spawn(walk, 2, str(tmp_path), "paper"):
-        assert image_part(told["warmup"]) and not head_part(told["warmup"])  # neither gradient nor weight decay
+        assert not told["decaying heads"]
+        assert image_part(told["warmup"]) and not head_part(told["warmup"])
         assert not told["warmup steps counted"]
         assert len(head_part(told["prototypes"])) >= 12  # both heads, their batch norms, the temperature
         assert len(told["prototypes steps counted"]) == 12  # AdamW starts counting here, as for a new parameter
-        assert not image_part(told["locked"]) and not head_part(told["locked"])  # weights bit-identical, batch norm's buffers too
+        assert not image_part(told["locked"]) and not head_part(told["locked"])  # bit-identical, batch norm's buffers too, in spite of the heads' momentum
         assert any(name.startswith("text_tower") for name in told["locked"])
 
 

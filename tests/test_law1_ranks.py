@@ -94,11 +94,13 @@ def one_rank(spool_folder) -> dict:
 def worst(expected: dict, found: dict) -> float:
     """The largest difference of any tensor, relative to that tensor's largest value.
 
-    Gradients that are zero but for rounding (a bias in front of batch norm, a key's bias in attention) are left out.
+    Gradients that are zero but for rounding (a bias in front of batch norm, a key's bias in attention) must be so in both.
     """
-    present = {name: tensor.abs().max().item() for name, tensor in expected.items() if tensor is not None}
-    used = [name for name, largest in present.items() if largest > 1e-6 * max(present.values())]
-    assert len(used) > 20
+    largest = {name: 0.0 if tensor is None else tensor.abs().max().item() for name, tensor in expected.items()}
+    nothing = 1e-6 * max(value for name, value in largest.items() if name != "loss")
+    used = [name for name, value in largest.items() if value > nothing]
+    assert len(used) > 20 and "loss" in used
+    assert all(found[name] is None or found[name].abs().max() <= nothing for name in largest if name not in used)
     return max(((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item() for name in used)
 
 

@@ -52,6 +52,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; under another name first, so that no half of it is ever taken for one."""
+    if folder.is_dir():
+        leaving = folder.with_name(f".leaving-{folder.name}")
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+
+
 def save(final: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], may_publish: Callable[[], None]) -> None:
     """Write and publish a checkpoint directory; a collective.
 
@@ -74,7 +82,8 @@ def save(final: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], m
     sync(shard)
     written = collectives.all_gather_objects({"name": shard.name, "bytes": shard.stat().st_size, "sha256": _sha256(shard)})
     event("checkpoint.written")
-    if rank == 0:
+
+    def publish() -> None:
         manifest = {
             "schema": SCHEMA,
             **about,
@@ -85,11 +94,11 @@ def save(final: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], m
         }
         publish_json(writing / "manifest.json", manifest)
         may_publish()
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         os.rename(writing, final)
         sync(final.parent)
-    collectives.barrier()
+
+    collectives.from_rank_zero(publish)
     event("checkpoint.published")
 
 
@@ -222,5 +231,5 @@ def set_aside(run_dir: Path, after: int, attempt: int) -> list[str]:
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints; 0 keeps all. Prototypes saved beside a checkpoint go with it."""
     for folder in list_checkpoints(run_dir)[:-keep] if keep else []:
-        shutil.rmtree(prototypes_folder(folder), ignore_errors=True)
-        shutil.rmtree(folder)
+        _remove(prototypes_folder(folder))
+        _remove(folder)

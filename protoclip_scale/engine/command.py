@@ -1,6 +1,7 @@
 """``launch/pretrain.py``: arguments, exit codes, and what a user reads when something is wrong."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -48,24 +49,27 @@ def main(arguments: Sequence[str]) -> int:
         if options.check:
             from protoclip_scale.engine.check import run_check
 
+            if options.run_dir:
+                recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": options.run_dir})})
             return 1 if run_check(recipe, options.expect_ranks or int(os.environ.get("WORLD_SIZE", "1"))) else 0
         folder = run_directory(recipe, options.run_dir)
         from protoclip_scale.engine.run import pretrain  # torch and its libraries load only now: a typing mistake is told at once
 
         return pretrain(recipe, folder, options)
     except UserError as error:
-        return _tell(str(error), folder)
+        return _tell(str(error), folder if error.told else None)
     except Stopped:
         return STOPPED_EXIT_CODE
 
 
 def _tell(message: str, folder: Path | None) -> int:
-    """One line on the error stream: rank 0's, or another rank's own if rank 0 does not have the same."""
+    """One line on the error stream: rank 0's, or another rank's own if the run has failed for another reason. Before there is a
+    run all ranks meet the same error."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(1)
         status = folder / "status.json" if folder else None
-        if status is None or (status.exists() and message[:80] in status.read_text(encoding="utf-8")):
+        if status is None or json.loads(status.read_text(encoding="utf-8"))["message"] == message:
             return 1
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -16,10 +16,12 @@ from protoclip_scale.data.quarantine import Quarantine
 from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
+from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_folder import newest_attempt
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.signals import StopFlag
+from protoclip_scale.engine.trace import RowTrace
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe.schema import Recipe
 from protoclip_scale.report.console import Console
@@ -87,6 +89,8 @@ class RunContext:
     tokenizer: ClipTokenizer | EncoderTokenizer
     schedule: Schedule
     device: torch.device
+    trace: RowTrace
+    nonfinite: NonFiniteSteps
     samples_trained: int = 0
 
     def samples_per_second(self) -> float | None:

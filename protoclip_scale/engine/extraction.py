@@ -57,7 +57,7 @@ def extract(
     )
     strategy.bare_model.eval()
     try:
-        for batch in make_loader(batches, first_step, run.recipe.data.workers):
+        for batch in make_loader(batches, first_step, run.recipe.data.workers, pin_memory=run.device.type == "cuda"):
             run.bad_rows.add(batch)
             arrays = _features(strategy, batch)
             if teacher:

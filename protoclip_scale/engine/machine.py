@@ -5,10 +5,7 @@ next one starts: weights and cursor after training, prototypes and labels after 
 written. So a run killed anywhere repeats at most the unfinished phase.
 """
 
-import contextlib
 import shutil
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +18,7 @@ from protoclip_scale.engine.clustering import cluster, labelings, num_iterations
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.extraction import extract, features_folder
 from protoclip_scale.engine.faults import event
+from protoclip_scale.engine.fetch import Fetch
 from protoclip_scale.engine.pictures import draw_prototypes
 from protoclip_scale.engine.signals import Stopped
 from protoclip_scale.engine.trainer import Trainer
@@ -35,10 +33,6 @@ from protoclip_scale.prototypes.teacher import TeacherFeatures
 COLLAPSED_ENTROPY = 0.95
 
 
-class _Interrupted(Exception):
-    """Leaves a fetch that was asked to stop; what it has finished stays."""
-
-
 class EpisodeMachine:
     """Runs episodes from a cursor to the end of the schedule."""
 
@@ -48,7 +42,7 @@ class EpisodeMachine:
         self.teacher = teacher
         self.cursor = Cursor(episode=0, phase="fetch", step_in_episode=0, step=0)
         self.prototypes: EpisodePrototypes | None = None
-        self.prefetch: threading.Thread | None = None
+        self.ahead: Fetch | None = None
         self.plan: EpisodePlan | None = None
 
     def train(self) -> None:
@@ -75,23 +69,33 @@ class EpisodeMachine:
             self._save()
             raise
         finally:
-            if self.prefetch:
-                self.prefetch.join()
+            if self.ahead:
+                self.ahead.cancel()
 
     def resume(self, folder: Path, manifest: dict) -> None:
         """Stand where a checkpoint was saved; what clustering published after it counts too."""
         tensors = checkpoint.read_tensors(folder, manifest)
         self.cursor = checkpoint.cursor_of(manifest)
-        more = checkpoint.prototypes_folder(folder)
-        if self.cursor.phase in ("fetch", "evaluate") and more.is_dir():
-            added = checkpoint.read_manifest(more)
-            tensors |= checkpoint.read_tensors(more, added)
-            self.cursor = checkpoint.cursor_of(added)
+        added = checkpoint.prototypes_folder(folder)
+        if added.is_dir():
+            try:
+                more = checkpoint.read_manifest(added)
+                tensors |= checkpoint.read_tensors(added, more)
+                self.cursor = checkpoint.cursor_of(more)
+            except UserError as error:
+                self.run.console.event(f"warning: {error}; clustering again")
+        unfinished = 0 < self.cursor.step_in_episode < self.run.plan.steps_per_episode
+        if self.cursor.phase == "evaluate" and unfinished and self.cursor.step < self.run.schedule.total_steps:
+            self._move(phase="train")  # the schedule ended inside this episode and has been extended
         self.trainer.strategy.precision.load(manifest["scaler"])
         self.trainer.build(self.frozen(self.cursor.episode), {n: t for n, t in tensors.items() if n.startswith(("model/", "optimizer/"))})
         found = {name: tensor for name, tensor in tensors.items() if name.startswith("prototypes/")}
         if found and self.cursor.phase == "train":
             self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device)
+        self.run.log.discard_after(self.cursor.step)
+        if collectives.rank() == 0:
+            checkpoint.set_aside(self.run.folder, self.cursor.step, self.run.attempt)
+        self._point_to(folder)
 
     def frozen(self, episode: int) -> bool:
         lit, locked = self.run.recipe.episodes.lit, locked_from(self.run.recipe)
@@ -105,42 +109,18 @@ class EpisodeMachine:
 
     def _fetch(self, episode: int) -> None:
         """The episode's rows onto this machine's disk; most of it may have been done while the one before trained."""
-        if self.prefetch:
-            self.prefetch.join()
-            self.prefetch = None
-        self.plan = self.run.plan.episode(episode)
+        fetch, self.ahead = self.ahead, None
+        if fetch is None or fetch.plan.number != episode or collectives.any_rank(fetch.error is not None):
+            fetch = Fetch(self.run, episode)
         with self.run.phase("fetch", episode, total=None, unit="blocks"):
-            collectives.on_each_machine(lambda: self._fill(episode, self.plan, self._fetched_block))
-            self.run.stop.agree()
-
-    def _fill(self, episode: int, plan: EpisodePlan, on_block: Callable[[int, int], None]) -> None:
-        with contextlib.suppress(_Interrupted):
-            self.run.spool.fill(plan, episode, self.run.lanes_of_node, self.run.readers, on_block=on_block)
-
-    def _fetched_block(self, done: int, total: int) -> None:
-        event("fetch.block")
-        self.run.console.advance(done)
-        if self.run.stop.raised:
-            raise _Interrupted
-
-    def _prefetch(self, episode: int) -> None:
-        """Fetch the next episode while this one trains; what goes wrong is met again, and told, when it is needed."""
-        if collectives.local_rank() or episode >= self.run.schedule.num_episodes:
-            return
-
-        def on_block(done: int, total: int) -> None:
-            event("prefetch.block")
-            if self.run.stop.raised:
-                raise _Interrupted
-
-        def work() -> None:
-            with contextlib.suppress(UserError):
-                self._fill(episode, self.run.plan.episode(episode), on_block)
-
-        self.prefetch = threading.Thread(target=work, daemon=True)
-        self.prefetch.start()
+            try:
+                fetch.wait()
+            finally:
+                fetch.cancel()
+        self.plan = fetch.plan
 
     def _extract_and_cluster(self, episode: int) -> None:
+        self._save()  # what clustering finds is published beside the weights it belongs to
         active = self.trainer.active(episode)
         teacher = self.teacher if "teacher" in labelings(active) else None
         with self.run.phase("extract", episode, total=self.run.plan.episode_size, unit="rows"):
@@ -148,13 +128,12 @@ class EpisodeMachine:
         self.run.bad_rows.check()
         with self.run.phase("cluster", episode, total=num_iterations(self.run, active), unit="iterations"):
             self.prototypes, figures = cluster(self.run, store, active, episode)
-        self.run.log.metrics("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
+        self.run.log.once("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self._warn_about_collapse(figures)
-        if self._evaluates(episode):
+        if self._evaluates(episode) or not self._clusters(episode + 1):
             draw_prototypes(self.run, self.plan, store, self.prototypes)
-        folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
-        if collectives.broadcast_object(folder.is_dir()):
-            self._publish(checkpoint.prototypes_folder(folder), self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
+        beside = checkpoint.prototypes_folder(checkpoint.folder_of(self.run.folder, self.cursor.step))
+        self._publish(beside, self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
         collectives.on_each_machine(lambda: shutil.rmtree(features_folder(self.run.scratch, episode)))
 
     def _warn_about_collapse(self, figures: dict[str, float]) -> None:
@@ -176,9 +155,9 @@ class EpisodeMachine:
         with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
             for step in train_episode(self.run, self.trainer, self.plan, episode, done, self.cursor.step, self.prototypes):
                 self._move(step=step, step_in_episode=step - first)
-                if not self.prefetch:
-                    self._prefetch(episode + 1)
-                if every and step % every == 0:
+                if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
+                    self.ahead = Fetch(self.run, episode + 1)
+                if every and step % every == 0 and step - first < num_steps:  # the last one saves after the loop
                     self._save()
                 self.run.stop.agree()
         self.run.bad_rows.check()
@@ -195,7 +174,7 @@ class EpisodeMachine:
         with self.run.phase("evaluate", episode, total=None, unit="sets"):
             event("evaluate.start")
             figures = evaluate(self.trainer.model, self.run.recipe, self.run.tokenizer, self.run.device)
-        self.run.log.metrics("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
+        self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self.run.console.evaluation(figures)
 
     @property
@@ -203,22 +182,25 @@ class EpisodeMachine:
         return self.cursor.step * self.run.recipe.data.plan.global_batch
 
     def _save(self) -> None:
-        """Publish the weights, the optimiser and, inside training, the prototypes; once for a step."""
+        """Publish the weights, the optimiser and, inside an episode, its prototypes; once for a step."""
         folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
-        if collectives.broadcast_object(folder.is_dir()):
-            return
-        tensors = self.trainer.tensors()
-        if self.cursor.phase == "train" and self.prototypes:
-            tensors |= self.prototypes.tensors()
-        self._publish(folder, tensors, self.cursor)
-        if collectives.rank() == 0:
+        if not collectives.broadcast_object(folder.is_dir()):
+            tensors = self.trainer.tensors()
+            if self.prototypes and self.cursor.step_in_episode < self.run.plan.steps_per_episode:
+                tensors |= self.prototypes.tensors()
+            self._publish(folder, tensors, self.cursor)
+        self._point_to(folder)
+
+    def _point_to(self, folder: Path) -> None:
+        """Name the newest checkpoint, and drop those that are not kept; also what a kill after publishing has left undone."""
+        if collectives.rank() == 0 and folder.parent == self.run.folder / "checkpoints":
             publish_text(folder.parent / "latest", folder.name + "\n")
             checkpoint.prune(self.run.folder, self.run.recipe.run.keep_checkpoints)
+            self.run.log.once("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
 
     def _publish(self, folder: Path, tensors: dict[str, torch.Tensor], cursor: Cursor) -> None:
         about = checkpoint.describe(
             cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state()
         )
         checkpoint.save(folder, tensors, about, self.run.guard_attempt)
-        self.run.log.metrics("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
         self.run.console.event(f"saved checkpoints/{folder.name}")

@@ -29,8 +29,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rates: dict[st
 def skip_parameters(optimizer: torch.optim.Optimizer, names: frozenset[str]) -> None:
     """Drop the gradients of parameters that no active objective uses.
 
-    Their gradient is an exact zero, but AdamW would still count the step and decay them; a parameter without a gradient
-    is left untouched, so a head enters training after the warm-up as if it had just been made.
+    Their gradient is an exact zero, but AdamW would still count the step, decay what decays and follow its momentum; a parameter
+    without a gradient is left untouched, so a head enters training after the warm-up as if it had just been made.
     """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):

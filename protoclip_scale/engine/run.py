@@ -20,11 +20,13 @@ from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.context import BadRows, RunContext, lanes_of_this_node
 from protoclip_scale.engine.machine import EpisodeMachine
+from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_folder import Start, open_run
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.screens import last_facts, start_facts
 from protoclip_scale.engine.signals import STOPPED_EXIT_CODE, StopFlag, Stopped
+from protoclip_scale.engine.trace import RowTrace
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.run import baseline
@@ -40,9 +42,9 @@ from protoclip_scale.report.console import make_console
 def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     """Train a recipe in a run directory; the exit code."""
     memory_after_imports = _peak_memory_gb()
-    torch.set_num_threads(recipe.run.threads or default_threads())
     stop = StopFlag()
     accelerator = strategies.start(recipe.run.timeout_minutes)
+    torch.set_num_threads(recipe.run.threads or default_threads())  # after accelerate, which sets its own
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line (docs/launching.md)")
     check_lanes(recipe.data.plan.lanes, collectives.world_size())
@@ -62,7 +64,8 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     except UserError as error:
         console.failure(str(error))
         console.close()
-        log.write_status("failed", 1, str(error))
+        log.write_status("failed", 1, str(error), any_rank=True)
+        error.told = True
         raise
     except BaseException as error:
         console.close()
@@ -83,7 +86,9 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
             f"{folder}: the data or data.plan differ from those the checkpoint was trained on (plan {start.manifest['plan']}, now {plan.fingerprint}); "
             "restore the files under data.root, or choose another --run-dir"
         )
-    scratch = Path(recipe.run.scratch_dir.format(dir=folder, name=recipe.name))
+    # Of this run and this machine alone, since scratch may be shared by both others; removed at the end.
+    machine = collectives.rank() // collectives.local_world_size()
+    scratch = Path(recipe.run.scratch_dir.format(dir=folder, name=recipe.name)).absolute() / f"{start.run_id}-{machine:04d}"
     quarantine = Quarantine(folder / "quarantine" / f"rank-{collectives.rank():05d}.jsonl")
     return RunContext(
         recipe=recipe,
@@ -105,6 +110,8 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
         tokenizer=tokenizer_for(recipe.model.text),
         schedule=Schedule(recipe, plan.steps_per_episode, plan.num_rows),
         device=device,
+        trace=RowTrace(folder, start.attempt, enabled=recipe.run.trace_rows),
+        nonfinite=NonFiniteSteps(recipe.optim.nonfinite_skips, scales_loss=recipe.optim.precision == "fp16"),
     )
 
 
@@ -119,7 +126,6 @@ def _train(run: RunContext, accelerator: Accelerator, start: Start, memory_after
     machine = EpisodeMachine(run, trainer, teacher)
     if start.checkpoint:
         machine.resume(start.checkpoint, start.manifest)
-        run.log.discard_after(machine.cursor.step)
     else:
         trainer.build(frozen=machine.frozen(0))
         run.log.discard_after(0)
@@ -137,7 +143,8 @@ def _train(run: RunContext, accelerator: Accelerator, start: Start, memory_after
     export = run.folder / "export" / "open_clip"
     if recipe.run.export:
         collectives.from_rank_zero(lambda: _export(trainer.model, recipe, export))
-    collectives.on_each_machine(lambda: shutil.rmtree(run.scratch, ignore_errors=True))
+    run.trace.close()
+    collectives.on_each_machine(lambda: _remove_scratch(run.scratch))
     facts = {"memory_gb": _peak_memory_gb(), "memory_after_imports_gb": memory_after_imports, "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
     run.console.save_svg(run.folder / "pictures" / "console.svg")
     run.console.finish(last_facts(run, **facts))
@@ -149,11 +156,19 @@ def _export(model: DualEncoder, recipe: Recipe, folder: Path) -> None:
     export_open_clip(model, recipe, folder)
 
 
+def _remove_scratch(folder: Path) -> None:
+    """The run's own scratch, and the folder around it if nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
 def default_threads() -> int:
     """CPU threads of a rank: its share of the cores where there is no GPU (launchers set one), torch's choice beside a GPU."""
     if torch.cuda.is_available():
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _peak_memory_gb() -> float:

@@ -1,6 +1,7 @@
 """A run's directory: who may write to it, which attempt this is, and whether a run in it can go on."""
 
 import json
+import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.errors import UserError
-from protoclip_scale.files import publish_text
+from protoclip_scale.files import publish_json, publish_text
 from protoclip_scale.recipe import Recipe, diff, dump, load_recipe
 
 
@@ -32,17 +33,18 @@ def newest_attempt(folder: Path) -> int:
 def _begin_attempt(folder: Path) -> tuple[str, int]:
     """The run's id, and the next attempt's number; the file system decides between two that start at once."""
     attempts = folder / "attempts"
-    attempts.mkdir(parents=True, exist_ok=True)
-    first = attempts / "0001"
-    run_id = json.loads(first.read_text())["run_id"] if first.exists() else uuid.uuid4().hex[:12]
     while True:
         number = newest_attempt(folder) + 1
+        run_id = json.loads((attempts / "0001").read_text())["run_id"] if number > 1 else uuid.uuid4().hex[:12]
+        claim = attempts / f".{uuid.uuid4().hex}"
+        publish_json(claim, {"run_id": run_id, "started": round(time.time(), 3)})
         try:
-            with open(attempts / f"{number:04d}", "x", encoding="utf-8") as file:
-                json.dump({"run_id": run_id, "started": round(time.time(), 3)}, file)
+            os.link(claim, attempts / f"{number:04d}")
             return run_id, number
         except FileExistsError:
             continue
+        finally:
+            claim.unlink()
 
 
 def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
@@ -51,7 +53,7 @@ def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
     Raises:
         UserError: it holds a run and ``resume`` is never; the recipe differs where it may not; the checkpoint is damaged.
     """
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(path.name != "attempts" or newest_attempt(folder) for path in folder.iterdir())
     if used and resume == "never":
         raise UserError(f"{folder} already holds a run and --resume is never: choose another --run-dir, or resume it with --resume auto")
     has_attempt = (folder / "attempts" / "0001").exists()
@@ -67,7 +69,5 @@ def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
     elif resume not in ("auto", "never"):
         raise UserError(f"--resume {resume}: there is no run in {folder}")
     run_id, attempt = _begin_attempt(folder)
-    if found:
-        checkpoint.set_aside(folder, int(found.name.removeprefix("step-")), attempt)
     publish_text(folder / "recipe.yaml", dump(recipe))
     return Start(run_id, attempt, found, manifest, tuple(warnings))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from protoclip_scale.engine.run_folder import newest_attempt
 from protoclip_scale.files import publish_json, publish_text
 from protoclip_scale.report.plain import append_log
 
@@ -84,6 +85,11 @@ class RunLog:
             publish_text(self.metrics_path, "".join(kept))
         return len(discarded)
 
+    def once(self, kind: str, step: int, samples: int, **figures: Any) -> None:
+        """Append a line unless there is one of this kind and step, as there may be after a kill between the deed and its line."""
+        if self.is_main and self.last(kind, step) is None:
+            self.metrics(kind, step, samples, **figures)
+
     def last(self, kind: str, step: int | None = None) -> dict[str, Any] | None:
         """The newest line of a kind, or of a kind and step; None if there is none. Reads the file."""
         found = None
@@ -96,12 +102,16 @@ class RunLog:
         return found
 
     def write_status(self, state: str, code: int | None = None, message: str = "", resumable: bool = True, any_rank: bool = False) -> None:
-        """Replace status.json. ``any_rank`` is for a failure that only this rank saw."""
-        if self.is_main or any_rank:
-            publish_json(
-                self.run_dir / "status.json",
-                {"state": state, "code": code, "message": message, "resumable": resumable, "attempt": self.attempt, "time": round(time.time(), 3)},
-            )
+        """Replace status.json, unless a newer attempt owns the run. ``any_rank``: a failure that perhaps only this rank saw; the first is kept."""
+        if not (self.is_main or any_rank) or newest_attempt(self.run_dir) > self.attempt:
+            return
+        path = self.run_dir / "status.json"
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if state == "failed" and before["state"] == "failed" and before["attempt"] == self.attempt:
+                return  # the first failure is the cause; the others lost a peer
+        facts = {"state": state, "code": code, "message": message, "resumable": resumable, "attempt": self.attempt, "time": round(time.time(), 3)}
+        publish_json(path, facts)
 
     def write_environment(self, **facts: Any) -> None:
         """Replace environment.json with versions, hardware and git commit; a change since the last attempt goes to log.txt.

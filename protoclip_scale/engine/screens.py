@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip_scale import collectives
+from protoclip_scale.data.quarantine import read_quarantine
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.models.dual_encoder import DualEncoder
@@ -43,6 +44,8 @@ def start_facts(run: RunContext, model: DualEncoder, resumed: Path | None) -> di
 def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float, seconds: float, export: Path | None) -> dict[str, Any]:
     """What came out, where it lies, and what it cost."""
     baseline = run.folder / "baseline.json"
+    quarantine = run.folder / "quarantine"
+    listed = read_quarantine(quarantine)
     newest = checkpoint.list_checkpoints(run.folder)
     pictures = [*sorted((run.folder / "pictures").glob("*.png"))[-2:], run.folder / "pictures" / "console.svg"]
     return {
@@ -62,6 +65,6 @@ def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float
         "pictures": [shown(path) for path in pictures if path.exists()],
         "notes": [
             f"{memory_gb - memory_after_imports_gb:.2f} GB of the peak memory are above what imports take",
-            *([f"{run.bad_rows.rows_bad} rows could not be decoded; see {shown(run.bad_rows.quarantine.path)}"] if run.bad_rows.rows_bad else []),
+            *([f"{len(listed)} rows could not be used and were replaced; see {shown(quarantine)}"] if listed else []),
         ],
     }

@@ -24,5 +24,6 @@ class StopFlag:
 
     def agree(self) -> None:
         """Raise Stopped on all ranks if any was asked to stop; a collective."""
-        if collectives.any_rank(self.raised):
+        self.raised = collectives.any_rank(self.raised)
+        if self.raised:
             raise Stopped

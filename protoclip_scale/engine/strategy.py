@@ -23,7 +23,7 @@ def start(timeout_minutes: float) -> Accelerator:
     """The process group, on GPUs if there are any, otherwise on CPUs over gloo.
 
     Raises:
-        UserError: the launcher promised more processes than accelerate made, or asks for precision or clipping, which are the recipe's.
+        UserError: the launcher promised more processes than accelerate made, or asks for a precision, which is the recipe's.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "fp32"):

@@ -1,6 +1,5 @@
 """The model in training: what is built, one loss, one step."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +15,6 @@ from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import Objective, Targets, features_of
 from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.recipe.schema import Recipe
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Dropout's masks are a function of seed, step and rank: no generator state needs saving."""
-    digest = hashlib.sha256(f"dropout {seed} {step} {collectives.rank()}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True)

@@ -141,26 +141,25 @@ class GroupBatchNorm(nn.Module):
         # a checkpointed block runs again inside the backward pass; its first run has updated the statistics
         updates = self.updates and torch._C._current_graph_task_id() == -1
         if world == 1 and self.groups == 1:
-            running = (self.running_mean, self.running_var)
-            if not updates:
-                # copies and not None: a recomputed block must save as many tensors for the backward as its first run did
-                running = (self.running_mean.clone(), self.running_var.clone())
-            output = F.batch_norm(input, *running, self.weight, self.bias, True, self.momentum, self.eps)
-            self.num_batches_tracked += int(updates)
+            output, mean, var = self._whole(input)
         else:
             segments = group_segments(collectives.rank(), rows, world, self.groups)
             whole_groups = all((stop - start) * world * self.groups == world * world * rows for _, start, stop in segments)
             output, mean, var = self._local(input, segments) if whole_groups else self._spread(input, group_values)
-            if updates:
-                self._update(mean, var)
+        if updates:
+            self._update(mean, var)
         return self.act(self.drop(output))
+
+    def _whole(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, mean and unbiased variance by torch's kernel; with momentum 1 it writes what it found."""
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps), mean, var
 
     def _local(self, input: torch.Tensor, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs, statistics = [], self.running_mean.new_zeros(2, self.num_features)
         for _, start, stop in segments:
-            # momentum 1 makes the kernel write the group's own mean and unbiased variance
-            mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-            outputs.append(F.batch_norm(input[start:stop], mean, var, self.weight, self.bias, True, 1.0, self.eps))
+            output, mean, var = self._whole(input[start:stop])
+            outputs.append(output)
             statistics += torch.stack((mean, var))
         mean, var = collectives.all_reduce(statistics) / self.groups
         return torch.cat(outputs), mean, var
@@ -171,8 +170,9 @@ class GroupBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        for running, found in ((self.running_mean, mean), (self.running_var, var)):
+            # A step whose loss is not finite is skipped after its forward pass: it must not leave its mark here.
+            running.lerp_(torch.where(found.isfinite(), found.to(running.dtype), running), self.momentum)
         self.num_batches_tracked += 1
 
 

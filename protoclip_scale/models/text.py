@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModel, PretrainedConfig
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.outputs import TowerOutput
@@ -79,8 +79,8 @@ def _clip(settings: schema.TextTower) -> CLIPTextModel:
 def _encoder(settings: schema.TextTower, pretrained: bool) -> nn.Module:
     name = settings.name
     try:
-        config = AutoConfig.from_pretrained(name)
-        encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32) if pretrained else AutoModel.from_config(config)
+        config = _without_dropout(AutoConfig.from_pretrained(name))
+        encoder = AutoModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32) if pretrained else AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.text.name: transformers cannot load {name!r} ({reason}); give 'clip', a reachable hub name, or a folder with config.json") from error
@@ -95,6 +95,14 @@ def _encoder(settings: schema.TextTower, pretrained: bool) -> nn.Module:
     if positions and settings.context_length > positions:
         raise UserError(f"model.text.context_length {settings.context_length} is more than the {positions} positions of model.text.name {name}; lower it")
     return encoder
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Dropout's masks would depend on the rank that draws them; CLIP's towers have none either."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
 
 
 def _pooling(name: str) -> str:
