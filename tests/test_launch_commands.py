@@ -53,6 +53,7 @@ def test_the_first_line_users_type(yfcc_shards, tmp_path):
     assert "1 rank on 1 host" in done.stdout and "what came out" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["demo_clip.yaml", "demo_protoclip.yaml", "demo.yaml"])
 def test_the_demo_recipes_train_in_two_processes(tmp_path, recipe):
     values = tuple(value for value in TINY_PROTOTYPES if recipe != "demo_clip.yaml" or not value.startswith("prototypes"))
@@ -63,6 +64,7 @@ def test_the_demo_recipes_train_in_two_processes(tmp_path, recipe):
     assert metrics(tmp_path / "run", "train")[-1]["step"] == 12
 
 
+@pytest.mark.slow
 def test_two_processes_that_became_one_are_refused(tmp_path):
     """``accelerate launch --cpu --num_processes 2`` silently starts one; --expect-ranks tells."""
     done = subprocess.run(

@@ -54,10 +54,10 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> schem
     for layer, origin in layers:
         _merge(tree, layer, origins, origin)
     tree["name"] = layers[-1][0].get("name", path.stem)
-    if isinstance(tree.get("data"), dict):
-        tree["data"].setdefault("root", str(layers[-1][1].folder))
     for override in overrides:
         _override(tree, origins, override)
+    if isinstance(tree.get("data"), dict) and tree["data"].get("root") is None:
+        tree["data"]["root"] = str(layers[-1][1].folder)
     _resolve_paths(tree, origins)
     try:
         if "objectives" in tree:

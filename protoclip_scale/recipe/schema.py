@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LN_100 = math.log(100)
 
@@ -192,12 +191,19 @@ class Optim(Section):
     """AdamW, precision and clipping."""
 
     lr: float = Field(gt=0, description="Peak learning rate.")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW's decay rates.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates.")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.2, ge=0, description="Decoupled weight decay; none for gains, biases, batch norm, logit scales and prototype heads.")
     max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
     nonfinite_skips: int = Field(10, ge=0, description="Steps in a row that may be skipped for a non-finite loss before the run stops.")
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"optim.betas {list(betas)}: each must be at least 0 and less than 1")
+        return betas
 
 
 class Schedule(Section):
