@@ -100,7 +100,7 @@ def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tupl
     """Exit codes of ``target(*arguments[rank])`` in one process per rank, joined as a launcher joins them."""
     if ranks > 1:
         env = env | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    places = [env | ({"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}) for rank in range(ranks)]
+    places = [({"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}) | env for rank in range(ranks)]
     workers = [_PROCESSES.Process(target=_enter, args=(places[rank], target, arguments[rank])) for rank in range(ranks)]
     for worker in workers:
         worker.start()

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from protoclip_scale.engine import checkpoint
+from protoclip_scale.engine.run_folder import guard_attempt
+from protoclip_scale.engine.run_log import RunLog
 from protoclip_scale.engine.trace import read_trace
+from protoclip_scale.errors import UserError
 from tests.support import CORPUS, TINY_PROTOTYPES, final_tensors, metrics, output, pretrain
 
 EVALUATION = f"evaluation={{every_episodes: 1, sets: [{{name: val, files: {CORPUS}/val-*.parquet, classify: [coarse]}}]}}"
@@ -145,11 +148,12 @@ def test_an_older_attempt_stops_without_publishing(tmp_path):
     run = tmp_path / "run"
     assert pretrain(run, "demo_clip.yaml", TINY_CLIP, env={"PROTOCLIP_STOP_AT": "train.step:2"}) == [75]
     (run / "attempts/0003").write_text((run / "attempts/0001").read_text())  # attempt 3 began while 2 was asleep
-    before = (run / "status.json").read_text()
-    from protoclip_scale.engine.run_log import RunLog
-
+    before = sorted((path, path.stat().st_mtime) for path in run.rglob("*") if ".writing" not in str(path))
     RunLog(run, attempt=2, is_main=True).write_status("failed", 1, "from the past")
-    assert (run / "status.json").read_text() == before
+    with pytest.raises(UserError, match="attempt 3 has taken this run over"):
+        checkpoint.save(run / "checkpoints/step-00000003", {"a": torch.ones(3)}, {}, lambda: guard_attempt(run, 2))
+    after = sorted((path, path.stat().st_mtime) for path in run.rglob("*") if ".writing" not in str(path))
+    assert [path for path, _ in after] == [path for path, _ in before] and checkpoint.list_checkpoints(run)[-1].name == "step-00000002"
 
 
 TINY_CLIP = tuple(value for value in TINY_PROTOTYPES if not value.startswith("prototypes"))

@@ -17,7 +17,6 @@ from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
-from protoclip_scale.engine.run_folder import newest_attempt
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.signals import StopFlag
@@ -104,9 +103,3 @@ class RunContext:
         self.console.phase(name, episode + 1, self.schedule.num_episodes, total, unit, done)
         with self.clock.measure(name):
             yield
-
-    def guard_attempt(self) -> None:
-        """Raise UserError if a newer attempt has taken the run over; nothing of this one may be published then."""
-        newest = newest_attempt(self.folder)
-        if newest > self.attempt:
-            raise UserError(f"{self.folder}: attempt {newest} has taken this run over; attempt {self.attempt} stops without saving")

@@ -20,6 +20,7 @@ from protoclip_scale.engine.extraction import extract, features_folder
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.fetch import Fetch
 from protoclip_scale.engine.pictures import draw_prototypes
+from protoclip_scale.engine.run_folder import guard_attempt
 from protoclip_scale.engine.signals import Stopped
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.engine.training import train_episode
@@ -202,5 +203,5 @@ class EpisodeMachine:
         about = checkpoint.describe(
             cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state()
         )
-        checkpoint.save(folder, tensors, about, self.run.guard_attempt)
+        checkpoint.save(folder, tensors, about, lambda: guard_attempt(self.run.folder, self.run.attempt))
         self.run.console.event(f"saved checkpoints/{folder.name}")

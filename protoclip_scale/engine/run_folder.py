@@ -30,6 +30,13 @@ def newest_attempt(folder: Path) -> int:
     return max((int(path.name) for path in (folder / "attempts").glob("[0-9]*")), default=0)
 
 
+def guard_attempt(folder: Path, attempt: int) -> None:
+    """Raise UserError if a newer attempt has taken the run over; nothing of an older one may be published then."""
+    newest = newest_attempt(folder)
+    if newest > attempt:
+        raise UserError(f"{folder}: attempt {newest} has taken this run over; attempt {attempt} stops without saving")
+
+
 def _begin_attempt(folder: Path) -> tuple[str, int]:
     """The run's id, and the next attempt's number; the file system decides between two that start at once."""
     attempts = folder / "attempts"
