@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import Recipe, diff, dump, load_recipe
 from protoclip_scale.recipe.load import _flat, _merge, _Origin
-from protoclip_scale.recipe.problems import all_keys, nearest
+from protoclip_scale.recipe.names import nearest
+from protoclip_scale.recipe.problems import all_keys
 
 SMALL = {
     "data": {"sources": [{"files": "train-*.parquet"}], "plan": {"global_batch": 16, "episode_size": 64}},

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from protoclip_scale.data.decode import Limits
 from protoclip_scale.errors import UserError
-from protoclip_scale.recipe.problems import nearest, one_line
+from protoclip_scale.recipe.names import nearest
+from protoclip_scale.recipe.problems import one_line
 from protoclip_scale.recipe.schema import Data, Evaluation, Recipe
 
 

@@ -1,7 +1,8 @@
-"""Objectives: one file each, found by name (see ``protoclip_scale.recipe.schema.objective_module``)."""
+"""Objectives: one file each, found by name (see ``protoclip_scale.recipe.names``)."""
 
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.recipe.schema import Recipe, objective_module
+from protoclip_scale.recipe.names import objective_module
+from protoclip_scale.recipe.schema import Recipe
 
 __all__ = ["Objective", "Targets", "build_objectives", "features_of"]
 

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from protoclip_scale.errors import UserError
-from protoclip_scale.recipe.problems import is_list, is_named_objectives, nearest, section_class
-from protoclip_scale.recipe.schema import Recipe, objective_module, objective_names
+from protoclip_scale.recipe.names import nearest, objective_module, objective_names
+from protoclip_scale.recipe.problems import is_list, is_named_objectives, section_class
+from protoclip_scale.recipe.schema import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
-from protoclip_scale.recipe.problems import located, nearest, one_line
+from protoclip_scale.recipe.names import nearest, objective_module
+from protoclip_scale.recipe.problems import located, one_line
 from protoclip_scale.recipe.redact import redacted
 from protoclip_scale.recipe.rules import contradictions
 
@@ -212,7 +213,7 @@ def _with_their_settings(objectives: Any) -> Any:
     made = {}
     for name, settings in objectives.items():
         try:
-            made[name] = schema.objective_module(str(name)).Settings.model_validate({} if settings is None else settings)
+            made[name] = objective_module(str(name)).Settings.model_validate({} if settings is None else settings)
         except ValidationError as error:
             first = error.errors()[0]
             raise _ObjectiveProblem({**first, "loc": ("objectives", name, *first["loc"])}) from None

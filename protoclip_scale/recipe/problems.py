@@ -1,12 +1,13 @@
 """One line from one of pydantic's error records: key, what was found, what to do."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from protoclip_scale.recipe.names import nearest, objective_module
+from protoclip_scale.recipe.schema import Recipe
 
 _MUST = {
     "model_type": "must be a section: keys and values below it",
@@ -14,13 +15,6 @@ _MUST = {
     "tuple_type": "must be a list",
     "too_short": "must have at least one entry",
 }
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: ', did you mean X?' or '; one of: X, Y'."""
-    names = sorted(names)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    return f", did you mean {close[0]}?" if close else f"; one of: {', '.join(names)}"
 
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
@@ -52,8 +46,6 @@ def is_named_objectives(field: FieldInfo) -> bool:
 
 def located(place: tuple[str | int, ...]) -> tuple[str, dict[str, FieldInfo], FieldInfo | None]:
     """For pydantic's place of a problem: the dotted key, the keys known in its section, and the key's field if there is one."""
-    from protoclip_scale.recipe.schema import Recipe, objective_module
-
     parts: list[str] = []
     section: type[BaseModel] | None = Recipe
     known: dict[str, FieldInfo] = {}

@@ -5,29 +5,28 @@ recipe has every default written out, so that nobody wrote a key proves nothing.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from protoclip_scale.recipe.schema import Recipe
+from protoclip_scale.recipe.names import nearest, objective_module
+from protoclip_scale.recipe.schema import Recipe
 
 
-def contradictions(recipe: "Recipe") -> Iterator[str]:
+def contradictions(recipe: Recipe) -> Iterator[str]:
     """Every contradiction, one line each; the first is the one worth reading."""
     for rule in RULES:
         yield from rule(recipe)
 
 
-def clustered_objectives(recipe: "Recipe") -> list[str]:
+def clustered_objectives(recipe: Recipe) -> list[str]:
     """Names of the objectives with a weight that need an episode's clusters."""
     return [name for name in _weighted(recipe) if _clusters(name)]
 
 
-def steps_per_episode(recipe: "Recipe") -> int:
+def steps_per_episode(recipe: Recipe) -> int:
     """Whole global batches in an episode."""
     return recipe.data.plan.episode_size // recipe.data.plan.global_batch
 
 
-def total_steps(recipe: "Recipe") -> int | None:
+def total_steps(recipe: Recipe) -> int | None:
     """Optimiser steps of the run; None if it is told in epochs and only the sources know how many rows there are."""
     number, unit = recipe.schedule.length()
     if unit == "epochs" and recipe.data.plan.epoch_rows is None:
@@ -40,17 +39,15 @@ def total_steps(recipe: "Recipe") -> int | None:
     return int(rows_or_steps[unit]())
 
 
-def _weighted(recipe: "Recipe") -> list[str]:
+def _weighted(recipe: Recipe) -> list[str]:
     return [name for name, settings in recipe.objectives.items() if settings.weight > 0]
 
 
 def _clusters(name: str) -> tuple[str, ...]:
-    from protoclip_scale.recipe.schema import objective_module
-
     return objective_module(name).build.clusters
 
 
-def _something_trains(recipe: "Recipe") -> Iterator[str]:
+def _something_trains(recipe: Recipe) -> Iterator[str]:
     contrastive = [name for name in _weighted(recipe) if not _clusters(name)]
     if not _weighted(recipe):
         yield f"objectives: all weights are 0 ({', '.join(recipe.objectives)}), so nothing trains; give one of them a weight"
@@ -66,7 +63,7 @@ def _something_trains(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def _clustering_is_used(recipe: "Recipe") -> Iterator[str]:
+def _clustering_is_used(recipe: Recipe) -> Iterator[str]:
     clustered = clustered_objectives(recipe)
     if clustered and recipe.prototypes is None:
         yield f"objectives.{clustered[0]} needs clusters, but prototypes is missing; add a section prototypes, for instance with clusters: {max(2, recipe.data.plan.episode_size // 10)}"
@@ -77,7 +74,7 @@ def _clustering_is_used(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def _clusters_fit_the_episode(recipe: "Recipe") -> Iterator[str]:
+def _clusters_fit_the_episode(recipe: Recipe) -> Iterator[str]:
     plan = recipe.data.plan
     rows = steps_per_episode(recipe) * plan.global_batch
     if recipe.prototypes and recipe.prototypes.clusters > rows:
@@ -87,21 +84,21 @@ def _clusters_fit_the_episode(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def _episode_fits_the_epoch(recipe: "Recipe") -> Iterator[str]:
+def _episode_fits_the_epoch(recipe: Recipe) -> Iterator[str]:
     plan = recipe.data.plan
     rows = steps_per_episode(recipe) * plan.global_batch
     if plan.epoch_rows is not None and rows > plan.epoch_rows:
         yield f"data.plan.episode_size {plan.episode_size} is larger than data.plan.epoch_rows {plan.epoch_rows}; use at most {plan.epoch_rows}, or more rows"
 
 
-def _norm_groups_divide_lanes(recipe: "Recipe") -> Iterator[str]:
+def _norm_groups_divide_lanes(recipe: Recipe) -> Iterator[str]:
     groups, lanes = recipe.model.norm_groups, recipe.data.plan.lanes
     if lanes % groups:
         usable = ", ".join(str(number) for number in range(1, lanes + 1) if lanes % number == 0)
         yield f"model.norm_groups {groups} does not divide data.plan.lanes {lanes}; use one of {usable}, or other lanes"
 
 
-def _warmup_ends(recipe: "Recipe") -> Iterator[str]:
+def _warmup_ends(recipe: Recipe) -> Iterator[str]:
     steps, warmup = total_steps(recipe), recipe.schedule.warmup_steps
     if steps is not None and steps < 1:
         yield f"schedule.total '{recipe.schedule.total}' is less than one step; make it longer"
@@ -109,7 +106,7 @@ def _warmup_ends(recipe: "Recipe") -> Iterator[str]:
         yield f"schedule.warmup_steps {warmup} is not less than the {steps} steps of schedule.total '{recipe.schedule.total}'; shorten the warm-up or lengthen the run"
 
 
-def _episodes_in_order(recipe: "Recipe") -> Iterator[str]:
+def _episodes_in_order(recipe: Recipe) -> Iterator[str]:
     """Warm-up, then prototypes, then the locked ending; each inside the run."""
     steps, per_episode, warmup, lit = total_steps(recipe), steps_per_episode(recipe), recipe.episodes.warmup, recipe.episodes.lit
     episodes = None if steps is None else -(-steps // per_episode)
@@ -138,7 +135,7 @@ def _episodes_in_order(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def _weights_from_one_place(recipe: "Recipe") -> Iterator[str]:
+def _weights_from_one_place(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if model.text.pretrained and model.text.name == "clip":
         yield (
@@ -150,16 +147,14 @@ def _weights_from_one_place(recipe: "Recipe") -> Iterator[str]:
             yield f"model.{side}.pretrained true has no effect with model.init_from {model.init_from}, which brings all weights; set one of them only"
 
 
-def _rates_below_the_peak(recipe: "Recipe") -> Iterator[str]:
+def _rates_below_the_peak(recipe: Recipe) -> Iterator[str]:
     for key in ("warmup_lr", "final_lr"):
         value = getattr(recipe.schedule, key)
         if value > recipe.optim.lr:
             yield f"schedule.{key} {value} is above the peak optim.lr {recipe.optim.lr}; lower it"
 
 
-def _evaluation_sets_exist(recipe: "Recipe") -> Iterator[str]:
-    from protoclip_scale.recipe.problems import nearest
-
+def _evaluation_sets_exist(recipe: Recipe) -> Iterator[str]:
     evaluation = recipe.evaluation
     names = [each.name for each in evaluation.sets]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -173,7 +168,7 @@ def _evaluation_sets_exist(recipe: "Recipe") -> Iterator[str]:
         yield "evaluation.probe_train.classify shares no column with classify of evaluation.sets, so nothing is probed; name the same column, or set probe_train to null"
 
 
-def _folders_use_known_names(recipe: "Recipe") -> Iterator[str]:
+def _folders_use_known_names(recipe: Recipe) -> Iterator[str]:
     for key, names in (("dir", ("name",)), ("scratch_dir", ("dir", "name"))):
         text = getattr(recipe.run, key)
         try:
@@ -183,7 +178,7 @@ def _folders_use_known_names(recipe: "Recipe") -> Iterator[str]:
             yield f"run.{key} {text!r} holds braces that mean nothing; only {usable} can stand in it"
 
 
-RULES: tuple[Callable[["Recipe"], Iterator[str]], ...] = (
+RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _something_trains,
     _clustering_is_used,
     _clusters_fit_the_episode,

@@ -4,13 +4,13 @@ Unknown keys are refused, values are checked where they stand, and contradiction
 Objectives bring their own settings class (see ``protoclip_scale.objectives``), so a new one changes nothing here.
 """
 
-import importlib
 import math
-import pkgutil
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from protoclip_scale.recipe.names import objective_module
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -302,18 +302,3 @@ class Recipe(Section):
         if not isinstance(value, dict):
             return value
         return {name: settings if isinstance(settings, ObjectiveSettings) else objective_module(name).Settings.model_validate(settings or {}) for name, settings in value.items()}
-
-
-def objective_names() -> list[str]:
-    """The objectives that exist: one module each in ``protoclip_scale.objectives``."""
-    package = importlib.import_module("protoclip_scale.objectives")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
-
-
-def objective_module(name: str):
-    """The module of an objective; found by its name, so that adding one needs no list to change."""
-    from protoclip_scale.recipe.load import nearest
-
-    if name not in objective_names():
-        raise ValueError(f"objectives.{name} is not an objective{nearest(name, objective_names())}")
-    return importlib.import_module(f"protoclip_scale.objectives.{name}")
