@@ -45,5 +45,7 @@ def test_class_embeddings_normalise_before_and_after_the_mean():
 
 def test_a_template_without_a_place_is_refused_and_braces_in_names_are_safe():
     assert prompts("{x}", ("a photo of a {}.",)) == ["a photo of a {x}."]
+    assert prompts("cat", ("{}", "a {}"), {"cat": ("cat", "kitten")}) == ["cat", "a cat", "kitten", "a kitten"]
+    assert prompts("dog", ("{}",), {"cat": ("kitten",)}) == ["dog"]
     with pytest.raises(UserError, match="a photo.*write {}"):
         prompts("cat", ("a photo",))

@@ -132,7 +132,8 @@ class EpisodeMachine:
         self.run.log.once("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self._warn_about_collapse(figures)
         if self._evaluates(episode) or not self._clusters(episode + 1):
-            draw_prototypes(self.run, self.plan, store, self.prototypes)
+            with self.run.clock.measure("pictures"):
+                draw_prototypes(self.run, self.plan, store, self.prototypes)
         beside = checkpoint.prototypes_folder(checkpoint.folder_of(self.run.folder, self.cursor.step))
         self._publish(beside, self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
         collectives.on_each_machine(lambda: shutil.rmtree(features_folder(self.run.scratch, episode)))
@@ -203,5 +204,6 @@ class EpisodeMachine:
         about = checkpoint.describe(
             cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state()
         )
-        checkpoint.save(folder, tensors, about, lambda: guard_attempt(self.run.folder, self.run.attempt))
+        with self.run.clock.measure("checkpoint"):
+            checkpoint.save(folder, tensors, about, lambda: guard_attempt(self.run.folder, self.run.attempt))
         self.run.console.event(f"saved checkpoints/{folder.name}")

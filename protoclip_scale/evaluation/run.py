@@ -41,7 +41,7 @@ class EncodedSet:
 
     def prompts(self) -> list[str]:
         """All prompts of all class columns."""
-        return [prompt for values in self.classes.values() for name in class_names(values) for prompt in prompts(name, self.settings.templates)]
+        return [prompt for values in self.classes.values() for name in class_names(values) for prompt in prompts(name, self.settings.templates, self.settings.class_words)]
 
     def with_captions(self) -> "EncodedSet":
         """The rows that have a caption: those that take part in retrieval and in the modality figures."""
@@ -141,7 +141,7 @@ def _zero_shot(held_out: EncodedSet, column: str, texts: TextRows) -> dict[str, 
     names = class_names(held_out.classes[column])
     if not names:
         return {}
-    class_rows = class_embeddings(names, held_out.settings.templates, texts)
+    class_rows = class_embeddings(names, held_out.settings.templates, texts, held_out.settings.class_words)
     return zero_shot_figures(held_out.images, class_rows, targets_of(held_out.classes[column], names))
 
 

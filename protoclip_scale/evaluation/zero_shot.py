@@ -1,6 +1,6 @@
 """Zero-shot classification by prompts (methods 7.1)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,22 @@ def targets_of(classes: Sequence[str], names: Sequence[str]) -> torch.Tensor:
     return torch.tensor([numbers.get(value, -1) for value in classes], dtype=torch.int64)
 
 
-def prompts(name: str, templates: Sequence[str]) -> list[str]:
-    """A class name, as it stands in the data, in each template."""
+def prompts(name: str, templates: Sequence[str], words: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+    """The words that stand for a class (by default its name, as it stands in the data) in each template."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"evaluation templates: {template!r} has no place for the class name; write {{}} where it stands")
-    return [template.replace("{}", name) for template in templates]
+    return [template.replace("{}", word) for word in (words or {}).get(name, (name,)) for template in templates]
 
 
-def class_embeddings(names: Sequence[str], templates: Sequence[str], embeddings_of: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+def class_embeddings(
+    names: Sequence[str],
+    templates: Sequence[str],
+    embeddings_of: Callable[[list[str]], torch.Tensor],
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> torch.Tensor:
     """[C, D] unit rows: each prompt normalised, their mean, normalised. ``embeddings_of`` maps m prompts to [m, D]."""
-    means = [F.normalize(embeddings_of(prompts(name, templates)), dim=1).mean(0) for name in names]
+    means = [F.normalize(embeddings_of(prompts(name, templates, words)), dim=1).mean(0) for name in names]
     return F.normalize(torch.stack(means), dim=1)
 
 

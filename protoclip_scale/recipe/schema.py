@@ -243,6 +243,7 @@ class EvaluationSet(Section):
     classify: tuple[str, ...] = Field((), description="Columns with class names, for zero-shot classification and the linear probe; rows with an empty one are left out.")
     exclude: dict[str, tuple[str, ...]] = Field({}, description="Rows left out: column to values; for instance {coarse: [flag]}.")
     templates: tuple[str, ...] = Field(("{}",), description="Prompts around a class name; their embeddings are averaged.")
+    class_words: dict[str, tuple[str, ...]] = Field({}, description="Words that stand for a class in the prompts, by class name; by default the name itself.")
 
 
 class Evaluation(Section):
