@@ -30,15 +30,24 @@ class _Origin(NamedTuple):
     folder: Path
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses a key written twice, of which YAML would silently keep the last."""
+def _safe_load(text: str) -> Any:
+    """yaml.safe_load that refuses a key written twice, of which YAML would silently keep the last."""
+    _refuse_repeats(yaml.compose(text, yaml.SafeLoader), set())
+    return yaml.safe_load(text)
 
-    def construct_mapping(self, node, deep=False):
-        written = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+
+def _refuse_repeats(node: yaml.Node | None, seen: set[int]) -> None:
+    if node is None or id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))  # an alias is the same node again
+    if isinstance(node, yaml.MappingNode):
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"]
         for key in written:
             if written.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    for child in node.value:
+        for part in child if isinstance(child, tuple) else (child,):
+            _refuse_repeats(part, seen)
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> schema.Recipe:
@@ -119,7 +128,7 @@ def _layers(path: Path, children: tuple[Path, ...]) -> list[tuple[dict, _Origin]
 def _parse(path: Path, children: tuple[Path, ...]) -> dict:
     asked_by = f"{children[-1].name}: extends: " if children else ""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        tree = _safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"{asked_by}{path}: there is no such recipe{nearest(path.name, there) if there else ''}") from None
@@ -167,7 +176,7 @@ def _override(tree: dict, origins: dict, text: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"--set {text}: write section.key=value, for instance --set optim.lr=0.001")
     try:
-        value = _unshared(yaml.load(written, _StrictLoader))
+        value = _unshared(_safe_load(written))
     except yaml.YAMLError:
         value = written  # *.parquet and {root}/teacher are meant as they stand
     origin = _Origin("--set", Path.cwd())
