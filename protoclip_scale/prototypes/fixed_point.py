@@ -73,7 +73,7 @@ def add_by_class(sums: np.ndarray, counts: np.ndarray, features: np.ndarray, lab
     Scaling float32 by a power of two is exact; the conversion cuts towards zero.
     """
     indexes = torch.from_numpy(labels.astype(np.int64, copy=False))
-    fixed = (torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)) * math.ldexp(1.0, exponent)).to(torch.int64)
+    fixed = (torch.from_numpy(np.array(features, dtype=np.float32)) * math.ldexp(1.0, exponent)).to(torch.int64)
     torch.from_numpy(sums).index_add_(0, indexes, fixed)
     counts += np.bincount(labels, minlength=len(counts))
 
