@@ -113,7 +113,7 @@ class BlockReader:
         self.source = source
         self.root = root
         self.retry_seconds = retry_seconds
-        self.name = source.name or ", ".join(source.patterns)
+        self.name = source.label
         self.columns = (source.columns.image, source.columns.caption)
         self._format = FORMATS[source.format]
         self._dataset = None

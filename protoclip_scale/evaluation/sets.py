@@ -49,7 +49,7 @@ def load_set(settings: EvaluationSet, root: str, retry_seconds: float = 300) -> 
     Several captions of a row all count, each distinct text once. Raises UserError for missing files and columns, and for a
     set in which no row is left.
     """
-    source = Source(files=settings.files, columns=settings.columns, name=settings.name)
+    source = Source(files=settings.files, columns=settings.columns.model_dump(), name=settings.name)
     reader = BlockReader(source, root, retry_seconds)
     label_columns = list(dict.fromkeys((*settings.classify, *settings.exclude)))
     captions: list[list[str]] = []

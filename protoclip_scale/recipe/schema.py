@@ -5,6 +5,7 @@ Objectives bring their own settings class (see ``protoclip_scale.objectives``), 
 """
 
 import math
+import posixpath
 import re
 from typing import Annotated, Any, Literal
 
@@ -33,23 +34,101 @@ class Section(BaseModel):
 
 
 class Columns(Section):
-    """Names of the columns of a source."""
+    """Names of the columns of a held-out set."""
 
     image: str = Field("image", description="Column with the encoded image: bytes, or a struct with `bytes`.")
     caption: str = Field("caption", description="Column with the caption: a string, or a list of strings.")
 
 
-class Source(Section):
-    """One set of image-text files."""
+SUFFIX_FORMATS = {".parquet": "parquet", ".tar": "tar", ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl"}
+ANY_IMAGE = "image" # in tar shards: the member with an image's suffix, whichever it is
+FORMAT_COLUMNS = {
+    "parquet": ("image", "caption"),
+    "tar": (ANY_IMAGE, "txt"),
+    "csv": ("filepath", "title"),
+    "tsv": ("filepath", "title"),
+    "json": ("image", "caption"),
+    "jsonl": ("image", "caption"),
+    "folder": ("file_name", "text"),
+    "hub": ("image", "caption"),
+}
+TABLES = ("csv", "tsv", "json", "jsonl")  # images are files that a column names
 
-    files: str | tuple[str, ...] = Field(description="Path, glob or URL (or a list of them), relative to `data.root`.")
-    format: Literal["parquet"] = Field("parquet", description="Layout of the files.")
-    columns: Columns = Field(Columns(), description="Which columns to read.")
-    name: str = Field("", description="Name used in messages; by default the files' pattern.")
+
+class SourceColumns(Section):
+    """Names of the columns of a source. Defaults: image and caption in parquet, JSON and on the Hub; filepath and title in CSV and TSV, as open_clip reads
+    them; the image and txt members of a tar shard; file_name and text of a folder's metadata."""
+
+    image: str = Field(description="Column with the image: encoded bytes, a struct with `bytes`, or, in CSV, TSV, JSON and folders, the path of a file. In tar shards the members' suffix; image takes any.")
+    caption: str | tuple[str, ...] = Field(description="Column with the caption, a string or a list of strings; or several columns, whose captions are put in one list.")
+    extra: tuple[str, ...] = Field((), description="Further columns that ride with each row to the loader: ids, lists of strings, a second image.")
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption,) if isinstance(self.caption, str) else self.caption
+
+
+class Source(Section):
+    """One set of image-text pairs."""
+
+    files: str | tuple[str, ...] | None = Field(None, description="Path, glob or URL (s3://, http(s)://, hf://; or a list of them), relative to `data.root`.")
+    hub: str | None = Field(None, description="Instead of files: the id of a dataset on the Hub, for instance org/name. No code from it is run.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub dataset; the commit it stands for is kept in the run directory.")
+    config: str | None = Field(None, description="Configuration of the Hub dataset; null takes its only or default one.")
+    split: str = Field("train", description="Split of the Hub dataset.")
+    format: Literal["parquet", "tar", "csv", "tsv", "json", "jsonl", "folder", "hub"] = Field(description="Layout of the files; by default what their suffix says. tar: shards as webdataset writes them. csv, tsv, json, jsonl: image paths with captions. folder: images with metadata.csv, metadata.jsonl, metadata.parquet, or a .txt beside each.")
+    columns: SourceColumns = Field(description="Which columns to read.")
+    image_root: str | None = Field(None, description="Folder or URL that the image paths of a table are relative to; by default the table's own folder.")
+    separator: str | None = Field(None, min_length=1, max_length=1, description="Character between the columns of csv and tsv files; by default comma and tab.")
+    header: tuple[str, ...] | None = Field(None, description="Column names of csv and tsv files that have no line with them, in order.")
+    weight: float | None = Field(None, gt=0, description="Share of the rows in every episode, relative to the other sources' weights; set it for all sources or none. Without weights each source counts with all its rows.")
+    rows: Positive | None = Field(None, description="Use a seeded random subset of so many rows; null takes all.")
+    name: str = Field("", description="Name used in messages; by default the files' pattern or the Hub id.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, values: Any) -> Any:
+        """The format that the suffix tells, and the columns that belong to the format."""
+        if not isinstance(values, dict):
+            return values
+        values = {key: value for key, value in values.items() if value is not None}
+        files = values.get("files") or ""
+        first = files[0] if isinstance(files, (list, tuple)) else files
+        values.setdefault("format", "hub" if "hub" in values else SUFFIX_FORMATS.get(posixpath.splitext(str(first))[1], "parquet"))
+        image, caption = FORMAT_COLUMNS.get(str(values["format"]), ("image", "caption"))
+        if isinstance(values.get("columns", {}), dict):
+            values["columns"] = {"image": image, "caption": caption} | values.get("columns", {})
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.files is None) == (self.hub is None):
+            raise ValueError(f"data.sources{f' {self.name}' if self.name else ''}: give either files or hub")
+        if (self.format == "hub") != (self.hub is not None):
+            raise ValueError(f"data.sources {self.label}: format {self.format} and hub {self.hub} contradict each other; leave format out")
+        unused = [
+            *(key for key in ("revision", "config") if getattr(self, key) is not None and self.hub is None),
+            *(["split"] if self.split != "train" and self.hub is None else []),
+            *(["image_root"] if self.image_root is not None and self.format not in TABLES else []),
+            *(key for key in ("separator", "header") if getattr(self, key) is not None and self.format not in ("csv", "tsv")),
+        ]
+        if unused:
+            raise ValueError(f"data.sources {self.label}: {unused[0]} has no effect with format {self.format}; remove it")
+        names = (self.columns.image, *self.columns.captions, *self.columns.extra)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        reserved = sorted({"image", "captions", "row_id"} & set(self.columns.extra))
+        if twice or reserved:
+            raise ValueError(f"data.sources {self.label}: columns names {(twice or reserved)[0]} {'twice' if twice else 'in extra, which stands for something else'}; give each column one use")
+        return self
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        return (self.files,) if isinstance(self.files, str) else self.files
+        return (self.files,) if isinstance(self.files, str) else self.files or ()
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or self.hub or ", ".join(self.patterns)
 
 
 class Plan(Section):
@@ -74,16 +153,29 @@ class Data(Section):
     """Where rows come from, their order, and how images and captions are prepared."""
 
     root: str = Field(".", description="Folder or URL that `files` are relative to; a relative one starts from the folder of the file that says it, under --set from the working directory.")
-    sources: tuple[Source, ...] = Field(min_length=1, description="The sets of files to train on, one after the other.")
+    sources: tuple[Source, ...] = Field(min_length=1, description="What to train on; sources of any kind can be mixed.")
     plan: Plan = Field(description="The order of rows.")
-    augmentation: Literal["clip", "protoclip_light", "none"] = Field("clip", description="Training transform: clip (random crop of 90-100%), protoclip_light (methods 6.5), none (centre crop).")
+    augmentation: Literal["clip", "protoclip_light", "slip", "slip_ssl", "declip", "none"] = Field("clip", description="Training transform: clip (random crop of 90-100%), protoclip_light (methods 6.5), slip (crop of 50-100%, methods 2.1), slip_ssl (its self-supervised views), declip (methods 3.1), none (centre crop).")
+    text_augmentation: Literal["none", "eda"] = Field("none", description="Training text: none, or eda (one of synonym replacement, swap, deletion; methods 3.1), which needs the extra wordnet.")
     caption: Literal["first", "random", "join"] = Field("first", description="Which of several captions a row uses; random is a function of seed, epoch and row.")
     empty_caption: Literal["drop", "keep"] = Field("drop", description="drop: rows without a caption are replaced and listed in the quarantine file; keep: they train as the empty text.")
     max_bad_fraction: Fraction = Field(0.02, description="The run stops when a larger share of the rows seen could not be decoded.")
     max_pixels: Positive = Field(100_000_000, description="Images with more pixels are quarantined unread.")
     max_bytes: Positive = Field(50_000_000, description="Images with more encoded bytes are quarantined unread.")
+    max_members: Positive = Field(1_000_000, description="A tar shard with more members is refused.")
     workers: int = Field(2, ge=0, description="Loader processes per rank; they change speed only, never a batch.")
     retry_seconds: float = Field(300, ge=0, description="How long remote reads are retried before the run stops.")
+
+    @model_validator(mode="after")
+    def _weights_for_all_or_none(self):
+        weights = [source.weight for source in self.sources]
+        if None in weights and any(weight is not None for weight in weights):
+            without = self.sources[weights.index(None)].label
+            raise ValueError(f"data.sources {without} has no weight, but others have: give every source a weight, or none of them")
+        limited = [source for source in self.sources if source.rows is not None]
+        if limited and self.plan.epoch_rows is not None and weights[0] is None:
+            raise ValueError(f"data.plan.epoch_rows {self.plan.epoch_rows} and rows {limited[0].rows} of data.sources {limited[0].label} both choose a subset; set one of them")
+        return self
 
 
 class ImageTower(Section):
