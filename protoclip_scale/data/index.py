@@ -19,6 +19,8 @@ class Index:
     block_source: np.ndarray  # int64 [blocks]
     block_number: np.ndarray  # int64 [blocks], the block's number in its source
     block_rows: np.ndarray  # int64 [blocks]
+    weights: tuple[float, ...] = ()  # of the sources, or none
+    row_limits: tuple[int | None, ...] = ()  # of each source: how many of its rows count; () if all do everywhere
 
     @property
     def num_rows(self) -> int:
@@ -33,23 +35,6 @@ class Index:
         """Changes when any source, or the order of sources, changes."""
         return hashlib.sha256("\n".join(self.fingerprints).encode()).hexdigest()
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Plain arrays, for a broadcast or a checkpoint."""
-        return {
-            "source_names": np.array(self.source_names, dtype=np.str_),
-            "fingerprints": np.array(self.fingerprints, dtype=np.str_),
-            "block_source": self.block_source,
-            "block_number": self.block_number,
-            "block_rows": self.block_rows,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Index":
-        names, fingerprints = (tuple(str(text) for text in arrays[key]) for key in ("source_names", "fingerprints"))
-        return cls(
-            names, fingerprints, *(np.asarray(arrays[key], dtype=np.int64) for key in ("block_source", "block_number", "block_rows"))
-        )
-
 
 def open_readers(data: schema.Data) -> list[BlockReader]:
     """One reader per source. They pickle small, so that one rank can list the files and broadcast the readers."""
@@ -63,8 +48,15 @@ def index_of(readers: list[BlockReader]) -> Index:
     block_number = np.concatenate([np.arange(count, dtype=np.int64) for count in num_blocks])
     block_rows = np.concatenate([reader.block_rows for reader in readers])
     pack_row_ids(block_source, block_number, np.maximum(block_rows - 1, 0))  # refuses what row ids cannot name
+    sources = [reader.source for reader in readers]
     return Index(
-        tuple(reader.name for reader in readers), tuple(reader.fingerprint for reader in readers), block_source, block_number, block_rows
+        source_names=tuple(reader.name for reader in readers),
+        fingerprints=tuple(reader.fingerprint for reader in readers),
+        block_source=block_source,
+        block_number=block_number,
+        block_rows=block_rows,
+        weights=tuple(source.weight for source in sources if source.weight is not None),
+        row_limits=tuple(source.rows for source in sources) if any(source.rows for source in sources) else (),
     )
 
 

@@ -1,21 +1,19 @@
 """Which row stands in which place of which batch: a pure function of the index and ``data.plan``. FROZEN.
 
-The stream is perm(0) ++ perm(1) ++ ...: every epoch visits all blocks in a random order, the rows of a block one after the other (in a random
-order, so that a block cut by the end of an episode is cut at random). Episode k is places [kS, (k+1)S) of the stream. It is cut into L lanes, and
-each lane is permuted, so that a batch mixes L distant parts of the stream. Two runs with equal ``data.plan`` and sources see the same batches
-whatever else differs. tests/test_data_plan.py holds golden hashes: a change of any order needs a new PLAN_VERSION.
+The stream is perm(0) ++ perm(1) ++ ... (``data/streams.py``); sources with weights have a stream each. Episode k is places [kS, (k+1)S) of the
+stream. It is cut into L lanes, and each lane is permuted, so that a batch mixes L distant parts of the stream. Two runs with equal ``data.plan`` and
+sources see the same batches whatever else differs. tests/test_data_plan.py holds golden hashes: a change of any order needs a new PLAN_VERSION.
 """
 
 import hashlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from protoclip_scale.data.index import Index
-from protoclip_scale.data.randomness import generator, permutation, raw_keys
-from protoclip_scale.data.rows import pack_row_ids
+from protoclip_scale.data.randomness import generator, permutation
+from protoclip_scale.data.repeats import separate_repeats
+from protoclip_scale.data.streams import Mixture, Stream, Subset
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 
@@ -44,7 +42,7 @@ class EpisodePlan:
     number: int
     fingerprint: str  # the plan's
     row_ids: np.ndarray  # int64 [L, lane_rows] in slot order
-    epochs: np.ndarray  # int64 [L, lane_rows], the epoch each place belongs to
+    epochs: np.ndarray  # int64 [L, lane_rows], the epoch each place belongs to (with weights: the pass over its source)
     slot_to_read: np.ndarray  # int64 [L, lane_rows], place in the lane's read order of each slot
     per_lane: int
 
@@ -90,26 +88,41 @@ class Plan:
     def __init__(self, index: Index, settings: schema.Plan):
         self.index = index
         self.settings = settings
-        available = index.num_rows
-        wanted = settings.epoch_rows
-        if wanted is not None and wanted > available:
-            raise UserError(f"data.plan.epoch_rows {wanted} is more than the {available} rows of the sources; lower it or set it to null")
-        self.num_rows = wanted or available
+        subset = self._subset()
+        available = int(subset.block_rows.sum())
+        self.num_rows = settings.epoch_rows or available  # of an epoch
         self._check_sizes()
         self.per_lane = settings.global_batch // settings.lanes
         self.steps_per_episode = settings.episode_size // settings.global_batch
         self.lane_rows = self.steps_per_episode * self.per_lane
         self.episode_size = self.lane_rows * settings.lanes
-        if self.steps_per_episode == 1 and self.num_rows % self.episode_size:
+        if self.steps_per_episode == 1 and (index.weights or self.num_rows % self.episode_size):
             raise UserError(
-                f"data.plan.episode_size {settings.episode_size} is a single global batch, and {self.num_rows} rows are not a multiple of it: "
-                f"a batch across an epoch's end could hold a row twice; raise episode_size to at least {2 * settings.global_batch}"
+                f"data.plan.episode_size {settings.episode_size} is a single global batch, "
+                + ("and sources with weights begin anew inside it: " if index.weights else f"and {self.num_rows} rows are not a multiple of it: ")
+                + f"a batch across an epoch's end could hold a row twice; raise episode_size to at least {2 * settings.global_batch}"
             )
-        self._threshold, self._block_rows = None, index.block_rows
-        if self.num_rows < available:
-            self._threshold, self._block_rows = self._draw_subset()
-        assert int(self._block_rows.sum()) == self.num_rows
-        self._shuffled: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._rows_of = subset.row_ids
+        if index.weights:
+            self._pieces = Mixture(subset, index, settings.seed, self.episode_size).pieces
+        else:
+            stream = Stream(subset, np.arange(len(index.block_rows)), settings.seed)
+            self._pieces = lambda episode: stream.pieces(episode * self.episode_size, (episode + 1) * self.episode_size)
+
+    def _subset(self) -> Subset:
+        """The rows that count: of each source ``rows`` of them, or of all together ``epoch_rows`` when no source has a weight."""
+        index, wanted = self.index, self.settings.epoch_rows
+        subset = Subset(index, self.settings.seed)
+        for source, (name, limit) in enumerate(zip(index.source_names, index.row_limits or [None] * len(index.source_names), strict=True)):
+            if limit is not None:
+                if limit > index.source_rows(source):
+                    raise UserError(f"data.sources {name}: rows {limit} is more than the {index.source_rows(source)} it has; lower it or leave it out")
+                subset.draw([source], limit)
+        if wanted is not None and not index.weights:
+            if wanted > index.num_rows:
+                raise UserError(f"data.plan.epoch_rows {wanted} is more than the {index.num_rows} rows of the sources; lower it or set it to null")
+            subset.draw(list(range(len(index.source_names))), wanted)
+        return subset
 
     def _check_sizes(self) -> None:
         settings, rows = self.settings, self.num_rows
@@ -127,59 +140,8 @@ class Plan:
     def fingerprint(self) -> str:
         """Changes when any batch of any episode could change."""
         settings = "|".join(f"{name}={value}" for name, value in sorted(self.settings.model_dump().items()))
-        return hashlib.sha256(f"plan {PLAN_VERSION}|{settings}|{self.index.fingerprint}".encode()).hexdigest()
-
-    def _subset_keys(self, block: int) -> np.ndarray:
-        source, number = int(self.index.block_source[block]), int(self.index.block_number[block])
-        return raw_keys(int(self.index.block_rows[block]), self.settings.seed, "subset", source, number)
-
-    def _draw_subset(self) -> tuple[np.uint64, np.ndarray]:
-        """A uniform subset: the rows with the ``num_rows`` smallest keys. One pass, in memory of the order of sqrt(rows)."""
-        share = 2.0**64 / self.index.num_rows
-        margin = 10 * math.sqrt(self.num_rows) + 100  # ten deviations: the threshold lies between low and high
-        low = np.uint64(max(0.0, self.num_rows - margin) * share)
-        high = np.uint64(min(int((self.num_rows + margin) * share), 2**64 - 1))
-        certain = np.zeros(len(self.index.block_rows), dtype=np.int64)
-        undecided, undecided_block = [], []
-        for block in range(len(certain)):
-            keys = self._subset_keys(block)
-            certain[block] = np.count_nonzero(keys < low)
-            near = keys[(keys >= low) & (keys <= high)]
-            undecided.append(near)
-            undecided_block.append(np.full(len(near), block))
-        near, near_block = np.concatenate(undecided), np.concatenate(undecided_block)
-        missing = self.num_rows - int(certain.sum())
-        assert 0 < missing <= len(near)
-        threshold = np.partition(near, missing - 1)[missing - 1]
-        return threshold, certain + np.bincount(near_block[near <= threshold], minlength=len(certain))
-
-    def _blocks_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(blocks of the epoch in stream order, number of rows up to the end of each); the last epoch asked for is kept."""
-        if epoch not in self._shuffled:
-            order = permutation(len(self._block_rows), self.settings.seed, "blocks", epoch)
-            self._shuffled = {epoch: (order, np.cumsum(self._block_rows[order]))}
-        return self._shuffled[epoch]
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(epoch, block, first, last) of the parts of blocks that fill stream places [start, stop)."""
-        place = start
-        while place < stop:
-            epoch, offset = divmod(place, self.num_rows)
-            order, ends = self._blocks_of_epoch(epoch)
-            at = int(np.searchsorted(ends, offset, side="right"))
-            block = int(order[at])
-            first = offset - (int(ends[at]) - int(self._block_rows[block]))
-            last = min(int(self._block_rows[block]), first + stop - place)
-            yield epoch, block, first, last
-            place += last - first
-
-    def _rows_of_piece(self, epoch: int, block: int, first: int, last: int) -> np.ndarray:
-        """Row ids at stream places first..last of a block."""
-        source, number = int(self.index.block_source[block]), int(self.index.block_number[block])
-        rows = permutation(int(self._block_rows[block]), self.settings.seed, "rows", epoch, source, number)[first:last]
-        if self._threshold is not None:
-            rows = np.flatnonzero(self._subset_keys(block) <= self._threshold)[rows]
-        return pack_row_ids(source, number, rows)
+        mixture = "".join(f"|{name}={value}" for name, value in (("weights", self.index.weights), ("rows", self.index.row_limits)) if any(value))
+        return hashlib.sha256(f"plan {PLAN_VERSION}|{settings}|{self.index.fingerprint}{mixture}".encode()).hexdigest()
 
     def episode(self, number: int) -> EpisodePlan:
         """The plan of episode ``number`` >= 0; 200,000 rows take some tens of milliseconds."""
@@ -187,10 +149,11 @@ class Plan:
         row_ids = np.empty(self.episode_size, dtype=np.int64)
         epochs, pieces = np.empty_like(row_ids), np.empty_like(row_ids)
         place = 0
-        for piece, (epoch, block, first, last) in enumerate(self._pieces(number * self.episode_size, (number + 1) * self.episode_size)):
-            here = slice(place, place + last - first)
-            row_ids[here], epochs[here], pieces[here] = self._rows_of_piece(epoch, block, first, last), epoch, piece
-            place += last - first
+        for piece_number, piece in enumerate(self._pieces(number)):
+            here = slice(place, place + piece.last - piece.first)
+            row_ids[here], epochs[here], pieces[here] = self._rows_of(piece), piece.pass_number, piece_number
+            place = here.stop
+        assert place == self.episode_size
         row_ids, epochs, pieces = (array.reshape(lanes, self.lane_rows) for array in (row_ids, epochs, pieces))
         slot_to_read = np.empty_like(row_ids)
         for lane in range(lanes):
@@ -199,58 +162,5 @@ class Plan:
             shuffled = reading[slot_to_read[lane]]
             row_ids[lane], epochs[lane] = row_ids[lane][shuffled], epochs[lane][shuffled]
         if epochs.min() != epochs.max():
-            _separate_repeats(row_ids, (epochs, slot_to_read), self.per_lane, generator(seed, "repeats", number).bit_generator)
+            separate_repeats(row_ids, (epochs, slot_to_read), self.per_lane, generator(seed, "repeats", number).bit_generator)
         return EpisodePlan(number, self.fingerprint, row_ids, epochs, slot_to_read, self.per_lane)
-
-
-def _separate_repeats(row_ids: np.ndarray, companions: tuple[np.ndarray, ...], per_lane: int, bits: np.random.BitGenerator) -> None:
-    """Swaps slots inside lanes, in place, until no step holds a row twice. An episode across an epoch's end may hold a row twice.
-
-    A place whose row stands in the same step twice changes places with a random slot of its lane in another step, if possible one that makes no
-    new repeat. A solution exists from two steps on: take the two places of a row as an edge between their lanes; every graph can be oriented so
-    that in- and out-degree of each vertex differ by at most one.
-    """
-    lane_rows = row_ids.shape[1]
-    flat = [array.reshape(-1) for array in (row_ids, *companions)]
-    order = np.argsort(flat[0], kind="stable")
-    twice = np.flatnonzero(flat[0][order[1:]] == flat[0][order[:-1]])
-    partner = np.full(row_ids.size, -1, dtype=np.int64)
-    partner[order[twice]], partner[order[twice + 1]] = order[twice + 1], order[twice]
-    every = np.arange(row_ids.size)
-    step = every % lane_rows // per_lane
-
-    def swap(one: int, other: int) -> None:
-        for array in flat:
-            array[one], array[other] = array[other], array[one]
-        first, second = int(partner[one]), int(partner[other])
-        partner[one], partner[other] = second, first
-        if second >= 0:
-            partner[second] = one
-        if first >= 0:
-            partner[first] = other
-
-    def repeated(place: int) -> bool:
-        return partner[place] >= 0 and step[place] == step[partner[place]]
-
-    waiting = [int(place) for place in every[(partner > every) & (step == step[partner])]]
-    for _ in range(1000 * (len(waiting) + len(twice) + 1)):
-        while waiting and not repeated(waiting[-1]):
-            waiting.pop()
-        if not waiting:
-            return
-        place = waiting[-1]
-        if int(bits.random_raw()) & 1:
-            place = int(partner[place])
-        lane_start = place // lane_rows * lane_rows
-        for guess in bits.random_raw(32):
-            other = lane_start + int(guess) % lane_rows
-            elsewhere = step[other] != step[place]
-            if elsewhere and not (partner[other] >= 0 and step[partner[other]] == step[place]):
-                swap(place, other)
-                break
-        else:
-            other = lane_start + int(bits.random_raw()) % lane_rows
-            if step[other] != step[place]:
-                swap(place, other)
-                waiting.append(place)
-    raise AssertionError("repeated rows could not be separated")
