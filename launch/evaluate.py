@@ -39,7 +39,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
     """The chosen checkpoints of a run, oldest first, or the one model of an export; each is loaded when its turn comes."""
     from protoclip_scale import collectives
-    from protoclip_scale.engine.checkpoint import find, list_checkpoints, load_model
+    from protoclip_scale.engine.checkpoint import find, list_checkpoints
+    from protoclip_scale.engine.saved_model import load_model
     from protoclip_scale.evaluation.suites import suite_of_recipe
     from protoclip_scale.models.build import load_open_clip_export
 

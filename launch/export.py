@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from protoclip_scale.engine.checkpoint import load_model  # noqa: E402
+from protoclip_scale.engine.saved_model import load_model  # noqa: E402
 from protoclip_scale.errors import UserError  # noqa: E402
 from protoclip_scale.export.open_clip_layout import export_open_clip  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""The exceptions that launch scripts turn into exit codes."""
 
 
 class UserError(ValueError):
@@ -9,3 +9,10 @@ class UserError(ValueError):
     """
 
     told = False
+
+
+STOPPED_EXIT_CODE = 75
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop after a signal; the run can be resumed."""

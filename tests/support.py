@@ -1,5 +1,6 @@
 """What several tests share: where things lie, short settings, and real processes."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -43,7 +44,7 @@ ENDED_BY_US = -1000  # a rank that was still running when another had died
 
 # Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["protoclip_scale.engine.run", "protoclip_scale.engine.check", "tests.support"])
+_PROCESSES.set_forkserver_preload(["protoclip_scale.engine.attempt", "protoclip_scale.engine.run", "protoclip_scale.engine.check", "datasets", "tests.support"])
 
 
 def overrides(values: tuple[str, ...]) -> list[str]:
@@ -73,11 +74,22 @@ def launch(*arguments: str | Path, ranks: int = 1, script: str = "launch/pretrai
     return subprocess.run([*command, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def pretrain(run_dir: Path, recipe: str, values: tuple[str, ...], *arguments: str, ranks: int = 1, env: dict[str, str] | None = None) -> list[int]:
-    """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed the others are."""
+def pretrain(
+    run_dir: Path,
+    recipe: str,
+    values: tuple[str, ...],
+    *arguments: str,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
+    small_disk: tuple[Path, int] | None = None,
+) -> list[int]:
+    """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed the others are.
+
+    ``small_disk``: a folder that is a file system of its own for them, of so many bytes, and empty.
+    """
     command = ["--recipe", str(RECIPES / recipe), "--run-dir", str(run_dir), *overrides(values), *arguments]
     logs = [str(run_dir.parent / f"{run_dir.name}-rank{rank}.log") for rank in range(ranks)]
-    return _run(_pretrain, ranks, env or {}, [(log, command) for log in logs])
+    return _run(_pretrain, ranks, env or {}, [(log, command, small_disk) for log in logs])
 
 
 def spawn(function: Callable, world: int, *arguments) -> list:
@@ -125,9 +137,26 @@ def _enter(env: dict[str, str], target: Callable, arguments: tuple) -> None:
     target(*arguments)
 
 
-def _pretrain(log: str, command: list[str]) -> None:
+def mount_small_disk(folder: Path, num_bytes: int) -> None:
+    """A real file system (tmpfs) of this process and its children alone, in a user and mount namespace of their own: it needs no root."""
+    system = ctypes.CDLL(None, use_errno=True)
+    new_namespace, new_user = 0x00020000, 0x10000000
+    user, group = os.getuid(), os.getgid()
+    folder.mkdir(parents=True, exist_ok=True)
+    if system.unshare(new_namespace | new_user):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    if system.mount(b"none", str(folder).encode(), b"tmpfs", 0, f"size={num_bytes}".encode()):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def _pretrain(log: str, command: list[str], small_disk: tuple[Path, int] | None) -> None:
     from protoclip_scale.engine.command import main
 
+    if small_disk:
+        mount_small_disk(*small_disk)
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

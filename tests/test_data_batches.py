@@ -100,9 +100,9 @@ def test_a_batch_equals_its_slow_twin(corpus):
     assert np.array_equal(plan.row_ids.reshape(-1)[batch.positions], batch.row_ids)
     for place, row in enumerate(images_of(batch.row_ids.numpy(), readers)):
         keys = (0, int(batch.row_ids[place]), 0)
-        image = augment("protoclip_light")(decode_image(row["image"]["bytes"]), SIZE, generator(5, "augmentation", *keys))
+        image = augment("protoclip_light")(decode_image(row["image"]), SIZE, generator(5, "augmentation", *keys))
         assert torch.equal(batch.images[place], image)
-        assert text_of(batch, place) == choose_caption(row["caption"], "random", generator(5, "caption", *keys))[:20]
+        assert text_of(batch, place) == choose_caption(row["captions"], "random", generator(5, "caption", *keys))[:20]
 
 
 def test_extraction_sees_the_evaluation_transform_and_the_same_captions(corpus):
@@ -110,7 +110,7 @@ def test_extraction_sees_the_evaluation_transform_and_the_same_captions(corpus):
     assert torch.equal(train[2].token_ids, extract[2].token_ids) and torch.equal(train[2].row_ids, extract[2].row_ids)
     rows = images_of(extract[2].row_ids[:5].numpy(), open_readers(extract.data))
     for place, row in enumerate(rows):
-        assert torch.equal(extract[2].images[place], eval_transform(decode_image(row["image"]["bytes"]), SIZE))
+        assert torch.equal(extract[2].images[place], eval_transform(decode_image(row["image"]), SIZE))
     assert not torch.equal(train[2].images, extract[2].images)
 
 

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from protoclip_scale.data.decode import BadImage, Limits, decode_image, decode_with_pil
+from protoclip_scale.data import decode
+from protoclip_scale.data.decode import BadImage, Limits, decode_image, decode_with_pil, extension_decoders, public_decoders
 from protoclip_scale.data.headers import read_header
-from tests.support import CORPUS
+from tests.support import CORPUS, ROOT
 
 RED, BLUE = (200, 30, 20), (10, 40, 220)
 
@@ -77,6 +80,51 @@ def test_torchvision_returns_what_the_definition_says():
         assert decode_image(data).dtype == torch.uint8
         if header := read_header(data):
             assert (header.height, header.width) == tuple(decode_image(data).shape[1:]), name
+
+
+def test_the_library_alone_and_the_public_functions_return_the_same_bits():
+    """torchvision's package is imported after its library was loaded, and the library loaded once more after that."""
+    alone, public = extension_decoders(), public_decoders()
+    again = extension_decoders()
+    assert alone is not None and alone.keys() == public.keys()
+    for name, data in plain_images().items():
+        if header := read_header(data):
+            pictures = [each[header.kind](torch.frombuffer(bytearray(data), dtype=torch.uint8)) for each in (alone, public, again)]
+            assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2]), name
+
+
+def test_without_the_library_the_public_functions_are_used(monkeypatch, tmp_path):
+    """Another torchvision may keep it elsewhere, or under another name."""
+    monkeypatch.setattr(decode, "EXTENSIONS", ("no_such_library",))
+    assert extension_decoders() is None
+    (tmp_path / f"image{decode.importlib.machinery.EXTENSION_SUFFIXES[-1]}").write_bytes(b"not a library")
+    spec = decode.importlib.machinery.ModuleSpec("torchvision", None, is_package=True)
+    spec.submodule_search_locations.append(str(tmp_path))
+    monkeypatch.setattr(decode, "EXTENSIONS", ("image",))
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: spec)
+    assert extension_decoders() is None
+    monkeypatch.setattr(decode, "TORCHVISION_DECODERS", extension_decoders() or public_decoders())
+    data = encoded(picture(), "JPEG")
+    assert fast(data) and torch.equal(decode_image(data), decode_with_pil(data))
+
+
+def test_what_makes_a_batch_imports_neither_torchvision_nor_a_compiler_nor_a_model_library():
+    """They take ten seconds, and a resumed run has five to its first batch. In an interpreter of its own."""
+    program = (
+        "import sys\n"
+        "from protoclip_scale.data import batches\n"
+        "from protoclip_scale.data.tokenizers import ClipTokenizer\n"
+        "from protoclip_scale.data.decode import decode_image\n"
+        "from protoclip_scale.data.transforms import AUGMENTATIONS\n"
+        "from protoclip_scale.data.randomness import generator\n"
+        "image = decode_image(sys.stdin.buffer.read())\n"
+        "assert all(each(image, 32, generator(0, 'test', number)).shape == (3, 32, 32) for each in AUGMENTATIONS.values() for number in range(9))\n"
+        "assert ClipTokenizer(16)(['a photo of a cat']).lengths.tolist() == [7]\n"
+        "print(*sorted({'torchvision', 'open_clip', 'timm', 'transformers', 'datasets', 'pandas', 'sympy', 'torch._dynamo'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=encoded(picture(), "JPEG"), capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().split() == []
 
 
 def test_torchvision_equals_the_definition_on_the_demo_corpus():

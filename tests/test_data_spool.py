@@ -4,7 +4,6 @@ import errno
 from collections import namedtuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,7 +11,7 @@ from protoclip_scale.data import spool as spool_module
 from protoclip_scale.data.index import index_of, open_readers
 from protoclip_scale.data.plan import Plan
 from protoclip_scale.data.rows import unpack_row_ids
-from protoclip_scale.data.spool import Spool, caption_column, image_column, lane_bytes
+from protoclip_scale.data.spool import Spool, lane_bytes
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 from tests.support import CORPUS
@@ -148,17 +147,3 @@ def test_a_full_disk_is_told_before_and_while_writing(corpus, tmp_path, monkeypa
     with pytest.raises(UserError, match="disk full"):
         Spool(tmp_path, "run").fill(plan.episode(0), 0, LANES, readers, no_space)
     assert not list(tmp_path.rglob("lane*"))
-
-
-def test_every_layout_of_the_columns_becomes_bytes_and_lists():
-    images = pa.chunked_array(
-        [pa.array([{"bytes": b"a", "path": None}, None, {"bytes": None, "path": "x"}]), pa.array([{"bytes": b"b", "path": ""}])]
-    )
-    assert image_column(images).to_pylist() == [b"a", None, None, b"b"]
-    assert image_column(images.slice(1)).to_pylist() == [None, None, b"b"]
-    assert image_column(pa.chunked_array([pa.array([b"a", None])])).to_pylist() == [b"a", None]
-    for kind in (pa.string(), pa.large_string()):
-        texts = pa.chunked_array([pa.array(["a", None, ""], type=kind)])
-        assert caption_column(texts.slice(1)).to_pylist() == [[None], [""]]
-    lists = pa.chunked_array([pa.array([["a", None], None, []], type=pa.large_list(pa.string()))])
-    assert caption_column(lists).to_pylist() == [["a", None], None, []]

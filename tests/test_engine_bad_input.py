@@ -137,9 +137,16 @@ def test_changed_data_on_resume(capsys, finished, tmp_path):
     resolved["data"]["root"] = str(data)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved))
     values = (*ONE_EPISODE, f"data.root={data}")
-    table = pq.read_table(data / "train-00000-of-00010.parquet")
-    pq.write_table(table.slice(1), data / "train-00000-of-00010.parquet", row_group_size=64)
-    assert "data" in (line := run(capsys, "demo_clip.yaml", folder, values)) and "differ" in line
+    shard = data / "train-00000-of-00010.parquet"
+    table = pq.read_table(shard)
+    pq.write_table(table.slice(1), shard, row_group_size=64)
+    line = run(capsys, "demo_clip.yaml", folder, values)
+    assert "the data changed since this run began: 1 file with another number of rows: train-00000-of-00010.parquet (512 -> 511)" in line
+    turned = table.set_column(table.column_names.index("caption"), "caption", table.column("caption").take(list(range(511, -1, -1))))
+    pq.write_table(turned, shard, row_group_size=64)
+    assert "1 file with other content: train-00000-of-00010.parquet" in run(capsys, "demo_clip.yaml", folder, values)
+    shard.unlink()
+    assert "1 file missing: train-00000-of-00010.parquet" in run(capsys, "demo_clip.yaml", folder, values)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])

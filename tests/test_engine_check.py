@@ -53,7 +53,7 @@ def test_problems_that_only_data_and_libraries_show(capsys, override, part):
 def test_missing_data_names_the_command_that_prepares_it(capsys):
     found, text = report(capsys, "yfcc15m_clip", *TINY)
     problem = next(line for line in text.splitlines() if line.startswith("problem "))
-    assert found == 1 and "no files match" in problem and "prepare it with: img2dataset --url_list yfcc15m.tsv" in problem
+    assert found == 1 and "no files match" in problem and "prepare it with: python tools/gather_images.py --list yfcc15m_declip" in problem
 
 
 def test_full_disk_is_a_problem(capsys, tmp_path, monkeypatch):

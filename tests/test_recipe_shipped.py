@@ -151,7 +151,7 @@ def test_yfcc15m_marks_every_choice_of_ours():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("demo")])
 def test_recipes_without_shipped_data_tell_how_to_make_it(name: str):
-    assert "Prepare: img2dataset " in shipped(name).notes
+    assert shipped(name).data.prepare.startswith("python tools/gather_images.py --list ")
 
 
 def test_recipe_files_are_short_and_differences_are_theirs():

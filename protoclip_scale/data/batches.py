@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from protoclip_scale.data.captions import choose_caption
-from protoclip_scale.data.decode import BadImage, Limits, decode_image
+from protoclip_scale.data import loader_server
+from protoclip_scale.data.decode import BadImage
 from protoclip_scale.data.plan import EpisodePlan
-from protoclip_scale.data.randomness import generator, permutation
+from protoclip_scale.data.randomness import permutation
 from protoclip_scale.data.spool import Spool, SpooledLane
-from protoclip_scale.data.transforms import augment
+from protoclip_scale.data.tokenizers import Tokens
+from protoclip_scale.data.views import MAIN, MaskedTokens, RowViews, Viewer, Views, Visit
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 
 logger = logging.getLogger(__name__)
-AUGMENTATION_OF_PURPOSE = {"train": lambda data: data.augmentation, "extract": lambda data: "none"}
+AUGMENTATIONS_OF_PURPOSE = {"train": lambda data: (data.augmentation, data.text_augmentation), "extract": lambda data: ("none", "none")}
 
 
 @dataclass
@@ -39,20 +40,31 @@ class Batch:
     row_ids: torch.Tensor  # int64 [B], the rows really used
     slots: torch.Tensor  # int64 [B], place in the lane
     replaced: list[tuple[int, str]] = field(default_factory=list)  # (row id, reason) of rows that could not be used
+    image_views: dict[str, torch.Tensor] = field(default_factory=dict)  # further views by name, like images
+    text_views: dict[str, Tokens] = field(default_factory=dict)  # further texts by name
+    masked_views: dict[str, MaskedTokens] = field(default_factory=dict)  # the main text, masked, by name
+    extra: dict[str, list] = field(default_factory=dict)  # columns.extra of the sources, by name
 
     def pin_memory(self) -> "Batch":
         """For faster copies to a GPU."""
         for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.pin_memory())
+            setattr(self, name, _pinned(value))
         return self
+
+
+def _pinned(value):
+    if isinstance(value, torch.Tensor):
+        return value.pin_memory()
+    if isinstance(value, (Tokens, MaskedTokens)):
+        return type(value)(*map(_pinned, value))
+    return {name: _pinned(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 class EpisodeBatches(Dataset):
     """``batches[step]``: a pure function of the step, the plan, the rows and the seed.
 
     ``purpose``: train (``data.augmentation``) or extract (the evaluation transform); both use the same captions and the same substitutes, so that
-    features and labels of a position belong to what is trained there.
+    features and labels of a position belong to what is trained there. ``views``: what to make beside the main image and text.
     """
 
     def __init__(
@@ -65,6 +77,7 @@ class EpisodeBatches(Dataset):
         lanes: Sequence[int],
         purpose: str = "train",
         seed: int = 0,
+        views: Views = Views(),  # noqa: B008 (never changed)
     ):
         self.data = data
         self.image_size = image_size
@@ -73,66 +86,81 @@ class EpisodeBatches(Dataset):
         self.spool = spool
         self.lanes = list(lanes)
         self.seed = seed
-        self.limits = Limits(data.max_pixels, data.max_bytes)
-        self.augmentation = AUGMENTATION_OF_PURPOSE[purpose](data)
+        self.viewer = Viewer(data, image_size, seed, *AUGMENTATIONS_OF_PURPOSE[purpose](data), views)
         self._spooled: dict[int, SpooledLane] = {}
-        self._occurs_once: np.ndarray | None = None
+        self._other_places: np.ndarray | None = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_spooled": {}, "_occurs_once": None}
+        return {**self.__dict__, "_spooled": {}, "_other_places": None}
 
     def __len__(self) -> int:
         return self.episode_plan.num_steps
 
     def __getitem__(self, step: int) -> Batch:
         slots = self.episode_plan.slots(step)
-        images = torch.empty((len(self.lanes) * len(slots), 3, self.image_size, self.image_size), dtype=torch.uint8)
-        row_ids, captions, replaced = np.empty(len(images), dtype=np.int64), [], []
+        num_rows = len(self.lanes) * len(slots)
+        images = {name: torch.empty((num_rows, 3, self.image_size, self.image_size), dtype=torch.uint8) for name in self.viewer.images}
+        texts: dict[str, list[str]] = {name: [] for name in self.viewer.texts}
+        visits, extra, replaced = [], [], []
         for lane in self.lanes:
             taken: set[int] = set()  # slots of substitutes in this batch; those of other lanes cannot be the same row
-            for slot in slots:
-                place = len(captions)
+            for slot in slots.tolist():
+                source_slot, reason = slot, None
                 try:
-                    source_slot, (image, caption) = slot, self._load(lane, slot)
+                    views = self._load(lane, slot)
                 except BadImage as error:
-                    replaced.append((int(self.episode_plan.row_ids[lane, slot]), str(error)))
-                    source_slot, (image, caption) = self._substitute(lane, slot, taken, str(error))
-                images[place] = image
-                row_ids[place] = self.episode_plan.row_ids[lane, source_slot]
-                captions.append(caption)
-        tokens = self.tokenizer(captions)
+                    reason = str(error)
+                    source_slot, views = self._substitute(lane, slot, taken, reason)
+                    replaced.append((int(self.episode_plan.row_ids[lane, slot]), reason))
+                for name, image in views.images.items():
+                    images[name][len(visits)] = image
+                for name, text in views.texts.items():
+                    texts[name].append(text)
+                visits.append(self._visit(lane, source_slot))
+                extra.append(self._extra(lane, source_slot))
+        tokens = {name: self.tokenizer(each) for name, each in texts.items()}
         positions = np.concatenate([lane * self.episode_plan.lane_rows + slots for lane in self.lanes])
         return Batch(
-            step,
-            images,
-            tokens.ids,
-            tokens.lengths,
-            torch.from_numpy(positions),
-            torch.from_numpy(row_ids),
-            torch.from_numpy(np.tile(slots, len(self.lanes))),
-            replaced,
+            step=step,
+            images=images.pop(MAIN),
+            token_ids=tokens[MAIN].ids,
+            token_lengths=tokens[MAIN].lengths,
+            positions=torch.from_numpy(positions),
+            row_ids=torch.tensor([visit.row_id for visit in visits], dtype=torch.int64),
+            slots=torch.from_numpy(np.tile(slots, len(self.lanes))),
+            replaced=replaced,
+            image_views=images,
+            masked_views=self.viewer.mask(tokens.pop(MAIN), self.tokenizer, visits),
+            text_views=tokens,
+            extra={name: [row[name] for row in extra] for name in extra[0]},
         )
 
-    def _load(self, lane: int, slot: int) -> tuple[torch.Tensor, str]:
-        """(augmented image, caption) of the row at a slot; BadImage if it cannot be used."""
+    def _visit(self, lane: int, slot: int) -> Visit:
+        return Visit(int(self.episode_plan.epochs[lane, slot]), int(self.episode_plan.row_ids[lane, slot]))
+
+    def _spooled_lane(self, lane: int) -> SpooledLane:
         if lane not in self._spooled:
             self._spooled[lane] = self.spool.open(self.episode_plan.number, lane)
-        data, captions = self._spooled[lane].row(int(self.episode_plan.slot_to_read[lane, slot]))
-        epoch, row_id = int(self.episode_plan.epochs[lane, slot]), int(self.episode_plan.row_ids[lane, slot])
-        caption = choose_caption(captions, self.data.caption, generator(self.seed, "caption", epoch, row_id, 0))
+        return self._spooled[lane]
+
+    def _extra(self, lane: int, slot: int) -> dict:
+        return self._spooled_lane(lane).extra(int(self.episode_plan.slot_to_read[lane, slot]))
+
+    def _load(self, lane: int, slot: int) -> RowViews:
+        """The views of the row at a slot; BadImage if it cannot be used."""
+        encoded, captions = self._spooled_lane(lane).row(int(self.episode_plan.slot_to_read[lane, slot]))
+        visit = self._visit(lane, slot)
+        caption = self.viewer.caption(captions, visit)
         if not caption and self.data.empty_caption == "drop":
             raise BadImage("empty caption")
-        image = decode_image(data, self.limits)
-        return augment(self.augmentation)(image, self.image_size, generator(self.seed, "augmentation", epoch, row_id, 0)), caption
+        return self.viewer.load(encoded, caption, visit)
 
-    def _substitute(self, lane: int, slot: int, taken: set[int], reason: str) -> tuple[int, tuple[torch.Tensor, str]]:
-        """(slot, what was loaded) of the first usable row of the lane in an order f(seed, row id), outside this batch and once in the episode."""
+    def _substitute(self, lane: int, slot: int, taken: set[int], reason: str) -> tuple[int, RowViews]:
+        """(slot, its views) of the first usable row among the candidates."""
         plan = self.episode_plan
-        if self._occurs_once is None:
-            self._occurs_once = plan.occurs_once()
         row_id = int(plan.row_ids[lane, slot])
-        for candidate in permutation(plan.lane_rows, self.seed, "substitute", row_id).tolist():
-            if candidate // plan.per_lane == slot // plan.per_lane or candidate in taken or not self._occurs_once[lane, candidate]:
+        for candidate in self._candidates(lane, slot):
+            if candidate in taken:
                 continue
             try:
                 loaded = self._load(lane, candidate)
@@ -143,6 +171,23 @@ class EpisodeBatches(Dataset):
         raise UserError(
             f"lane {lane} of episode {plan.number} holds no usable row that could stand for row {row_id} ({reason}); check the images and captions of data.sources"
         )
+
+    def _candidates(self, lane: int, slot: int) -> list[int]:
+        """Slots of the lane whose rows may stand in a batch for the row at ``slot``, in an order f(seed, row id): rows outside the batch.
+
+        Last come rows that have a second place in the episode. That must be outside the batch too, and only one of the two places lends the row to a
+        batch (which of them changes with the step), so that two lanes never choose the same row.
+        """
+        plan, step = self.episode_plan, slot // self.episode_plan.per_lane
+        if self._other_places is None:
+            self._other_places = plan.other_places()
+        order = permutation(plan.lane_rows, self.seed, "substitute", int(plan.row_ids[lane, slot]))
+        order = order[order // plan.per_lane != step]
+        other = self._other_places[lane, order]
+        is_first = lane * plan.lane_rows + order < other
+        lends = is_first == ((plan.row_ids[lane, order] + step) % 2 == 0)
+        twice = (other >= 0) & (other % plan.lane_rows // plan.per_lane != step) & lends
+        return np.concatenate([order[other < 0], order[twice]]).tolist()
 
 
 class _ErrorsAsValues(Dataset):
@@ -177,14 +222,12 @@ def make_loader(batches: EpisodeBatches, first_step: int = 0, workers: int = 0, 
     """
     step = first_step
     if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__, *batches.tokenizer.modules])  # imported once, not in every worker
         loader = DataLoader(
             _ErrorsAsValues(batches),
             batch_size=None,
             sampler=range(first_step, len(batches)),
             num_workers=workers,
-            multiprocessing_context=context,
+            multiprocessing_context=loader_server.context(batches.tokenizer.modules),
             pin_memory=pin_memory,
             worker_init_fn=_leave_with_parent,
             generator=torch.Generator(),  # else the loader draws from, and so moves, the global generator

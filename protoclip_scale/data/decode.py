@@ -6,22 +6,53 @@ on a damaged one torchvision 0.29 ends the process with a segmentation fault, an
 Anything that cannot be decoded raises BadImage and nothing else.
 """
 
+import importlib.machinery
+import importlib.util
 import io
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 
 from protoclip_scale.data.headers import read_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # no format that runs a program or follows a path
-TORCHVISION_DECODERS = {
-    "jpeg": lambda encoded: torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB),
-    "webp": lambda encoded: torchvision.io.decode_webp(encoded, mode=torchvision.io.ImageReadMode.RGB),
-}
+RGB = 3  # torchvision.io.ImageReadMode.RGB
+EXTENSIONS = ("image_stable", "image")  # torchvision's library of decoders since 0.29, and before
+
+Decoder = Callable[[torch.Tensor], torch.Tensor]
+
+
+def extension_decoders() -> dict[str, Decoder] | None:
+    """torchvision's decoders out of its image library, without importing torchvision: that takes 5 s, its models bring torch's compiler.
+
+    The operators are the ones torchvision.io calls, and loading the library again, before or after, does nothing. None if they are not found.
+    """
+    folder = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
+    paths = [folder / (name + suffix) for name in EXTENSIONS for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    try:
+        torch.ops.load_library(next(path for path in paths if path.exists()))
+        jpeg, webp = torch.ops.image.decode_jpeg.default, torch.ops.image.decode_webp.default
+    except (StopIteration, OSError, AttributeError):
+        return None
+    return {"jpeg": lambda encoded: jpeg(encoded, RGB), "webp": lambda encoded: webp(encoded, RGB)}
+
+
+def public_decoders() -> dict[str, Decoder]:
+    """The same by torchvision's public functions."""
+    from torchvision import io
+
+    return {
+        "jpeg": lambda encoded: io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB),
+        "webp": lambda encoded: io.decode_webp(encoded, mode=io.ImageReadMode.RGB),
+    }
+
+
+TORCHVISION_DECODERS = extension_decoders() or public_decoders()
 
 
 class BadImage(Exception):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoclip_scale.data.blocks import BlockReader
 from protoclip_scale.data.rows import pack_row_ids
+from protoclip_scale.data.sources import BlockReader, SourceLimits
 from protoclip_scale.recipe import schema
 
 
@@ -38,7 +38,8 @@ class Index:
 
 def open_readers(data: schema.Data) -> list[BlockReader]:
     """One reader per source. They pickle small, so that one rank can list the files and broadcast the readers."""
-    return [BlockReader(source, data.root, data.retry_seconds) for source in data.sources]
+    limits = SourceLimits(data.max_bytes, data.max_members)
+    return [BlockReader(source, data.root, data.retry_seconds, limits) for source in data.sources]
 
 
 def index_of(readers: list[BlockReader]) -> Index:

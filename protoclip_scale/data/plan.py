@@ -76,10 +76,15 @@ class EpisodePlan:
         """Row ids of the global batch of a step, lane after lane. int64 [global_batch]."""
         return self.row_ids[:, step * self.per_lane : (step + 1) * self.per_lane].reshape(-1)
 
-    def occurs_once(self) -> np.ndarray:
-        """bool [L, lane_rows]: rows without a second place in this episode (all of them unless it crosses an epoch's end)."""
-        _, inverse, counts = np.unique(self.row_ids, return_inverse=True, return_counts=True)
-        return (counts[inverse] == 1).reshape(self.row_ids.shape)
+    def other_places(self) -> np.ndarray:
+        """Where else in the episode the row of each place stands, as lane x lane_rows + slot; -1 if nowhere, as ever unless an epoch ends in the episode.
+        int64 [L, lane_rows]."""
+        rows = self.row_ids.reshape(-1)
+        order = np.argsort(rows, kind="stable")
+        twice = np.flatnonzero(rows[order[1:]] == rows[order[:-1]])
+        other = np.full(rows.size, -1, dtype=np.int64)
+        other[order[twice]], other[order[twice + 1]] = order[twice + 1], order[twice]
+        return other.reshape(self.row_ids.shape)
 
 
 class Plan:

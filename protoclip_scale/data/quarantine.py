@@ -19,6 +19,12 @@ def read_quarantine(folder: str | Path) -> dict[int, dict]:
     return {entry["row_id"]: entry for file in sorted(Path(folder).glob("*.jsonl")) for entry in _lines(file)}
 
 
+def summary(entries: dict[int, dict]) -> str:
+    """How many rows and why, the commonest reason first: '9 rows (6 truncated or corrupt, 3 zero bytes)'."""
+    reasons = Counter(_kind(entry["reason"]) for entry in entries.values())
+    return f"{len(entries):,} row{'' if len(entries) == 1 else 's'} ({', '.join(f'{count:,} {reason}' for reason, count in reasons.most_common())})"
+
+
 class Quarantine:
     """One rank's file, created with its first row: for instance RUN/quarantine/rank-00003.jsonl."""
 

@@ -9,34 +9,38 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from protoclip_scale.data.blocks import BlockReader
 from protoclip_scale.data.plan import EpisodePlan
 from protoclip_scale.data.rows import unpack_row_ids
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
 
 ROWS_PER_BATCH = 256  # bounds the memory of a write; offsets stay far below 2 GB
-LANE_SCHEMA = pa.schema([("image", pa.large_binary()), ("captions", pa.list_(pa.string())), ("row_id", pa.int64())])
+LANE_FIELDS = (pa.field("image", pa.large_binary()), pa.field("captions", pa.list_(pa.string())), pa.field("row_id", pa.int64()))
 
 
-def image_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Encoded bytes of an image column that holds bytes, or structs with ``bytes``; large_binary."""
-    if pa.types.is_struct(column.type):
-        column = pa.chunked_array(
-            [chunk.field("bytes") if not chunk.null_count else pa.compute.struct_field(chunk, "bytes") for chunk in column.chunks]
-        )
-    return column.cast(pa.large_binary())
+def lane_schema(readers: list[BlockReader]) -> pa.Schema:
+    """Columns of a lane's file: image, captions, row_id and every extra column that a source has (null in rows of the others).
 
-
-def caption_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Captions as list<string>; one string becomes a list of one."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return column.cast(pa.list_(pa.string()))
-    lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk.cast(pa.string())) for chunk in column.chunks]
-    return pa.chunked_array(lists, type=pa.list_(pa.string()))
+    Raises UserError if two sources store an extra column of one name as different types.
+    """
+    fields = [*LANE_FIELDS]
+    owner: dict[str, BlockReader] = {}
+    for reader in readers:
+        for name, kind in reader.extra_types.items():
+            if name not in owner:
+                owner[name] = reader
+                fields.append(pa.field(name, kind))
+            elif owner[name].extra_types[name] != kind:
+                raise UserError(
+                    f"data.sources {reader.name}: columns.extra {name!r} is {kind}, but {owner[name].extra_types[name]} in {owner[name].name}; "
+                    "store it as one type, or give it another name"
+                )
+    return pa.schema(fields)
 
 
 def lane_bytes(episode_plan: EpisodePlan, lane: int, readers: list[BlockReader]) -> int:
@@ -59,9 +63,8 @@ class SpooledLane:
             self.metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])]).tolist()
-        self._images = [batch.column(0) for batch in batches]
-        self._captions = [batch.column(1) for batch in batches]
-        self._row_ids = [batch.column(2) for batch in batches]
+        self._columns = {name: [batch.column(name) for batch in batches] for name in reader.schema.names}
+        self.extra_names = tuple(reader.schema.names[len(LANE_FIELDS) :])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -69,15 +72,19 @@ class SpooledLane:
     @property
     def row_ids(self) -> np.ndarray:
         """int64 [rows]."""
-        return np.concatenate([column.to_numpy() for column in self._row_ids])
+        return np.concatenate([column.to_numpy() for column in self._columns["row_id"]])
 
     def row(self, number: int) -> tuple[bytes, list[str]]:
         """(encoded image, captions) of one row; a missing image is b''. Some microseconds."""
+        return self._cell("image", number) or b"", [caption for caption in self._cell("captions", number) or [] if caption is not None]
+
+    def extra(self, number: int) -> dict[str, Any]:
+        """The extra columns of one row, as plain values."""
+        return {name: self._cell(name, number) for name in self.extra_names}
+
+    def _cell(self, name: str, number: int) -> Any:
         batch = bisect.bisect_right(self._starts, number) - 1
-        at = number - self._starts[batch]
-        return self._images[batch][at].as_py() or b"", [
-            caption for caption in self._captions[batch][at].as_py() or [] if caption is not None
-        ]
+        return self._columns[name][batch][number - self._starts[batch]].as_py()
 
 
 class Spool:
@@ -125,6 +132,7 @@ class Spool:
             return
         self._path(episode, 0).parent.mkdir(parents=True, exist_ok=True)
         self._check_space(sum(lane_bytes(episode_plan, lane, readers) for lane in missing))
+        columns = lane_schema(readers)
         pieces = {lane: _pieces(episode_plan.read_order(lane)) for lane in missing}
         total, done = sum(len(parts) for parts in pieces.values()), 0
         held: tuple[tuple[int, int], pa.Table] | None = None  # neighbouring lanes share a block
@@ -134,15 +142,15 @@ class Spool:
             try:
                 with (
                     pa.OSFile(str(unfinished), "wb") as file,
-                    pa.ipc.new_file(file, LANE_SCHEMA.with_metadata(self._metadata(episode_plan, lane))) as writer,
+                    pa.ipc.new_file(file, columns.with_metadata(self._metadata(episode_plan, lane))) as writer,
                 ):
                     for source, block, rows, row_ids in pieces[lane]:
                         if held is None or held[0] != (source, block):
-                            held = (source, block), _lane_columns(readers[source].read(block))
+                            held = (source, block), readers[source].read(block)
                         for first in range(0, len(rows), ROWS_PER_BATCH):
                             some = slice(first, first + ROWS_PER_BATCH)
                             taken = held[1].take(pa.array(rows[some])).append_column("row_id", pa.array(row_ids[some]))
-                            writer.write_table(taken.combine_chunks(), max_chunksize=ROWS_PER_BATCH)
+                            writer.write_table(_in_order(taken.combine_chunks(), columns), max_chunksize=ROWS_PER_BATCH)
                         done += 1
                         on_block(done, total)
                 os.replace(unfinished, path)
@@ -182,5 +190,9 @@ def _pieces(row_ids: np.ndarray) -> list[tuple[int, int, np.ndarray, np.ndarray]
     return [(int(source[first]), int(block[first]), row[first:last], row_ids[first:last]) for first, last in zip(starts, ends, strict=True)]
 
 
-def _lane_columns(table: pa.Table) -> pa.Table:
-    return pa.table({"image": image_column(table.column(0)), "captions": caption_column(table.column(1))})
+def _in_order(table: pa.Table, columns: pa.Schema) -> pa.Table:
+    """The columns of a lane; those that the row's source lacks are null."""
+    there = set(table.column_names)
+    return pa.table(
+        [table.column(field.name) if field.name in there else pa.nulls(len(table), field.type) for field in columns], schema=columns
+    )

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from protoclip_scale.data.caption_statistics import caption_statistics, sample_captions
 from protoclip_scale.data.index import index_of, open_readers
 from protoclip_scale.data.plan import Plan, check_lanes
-from protoclip_scale.data.spool import lane_bytes
+from protoclip_scale.data.spool import lane_bytes, lane_schema
+from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.engine import cost
 from protoclip_scale.engine.schedules import Schedule
@@ -65,10 +67,11 @@ class Check:
         rows = [
             ("global batch", f"{settings.global_batch:,}: {settings.global_batch // self.world:,} on each of {self.world} ranks, {settings.global_batch // settings.lanes:,} from each of {settings.lanes} lanes")
         ]
-        readers = self.attempt(lambda: open_readers(recipe.data), self._preparation())
+        readers = self.attempt(lambda: open_readers(recipe.data), f"; prepare it with: {recipe.data.prepare}" if recipe.data.prepare else "")
         if readers:
             self.index = index_of(readers)
-            rows += [(f"rows of {name}", f"{self.index.source_rows(number):,}") for number, name in enumerate(self.index.source_names)]
+            rows += [(f"rows of {name}", self._rows_of(number)) for number, name in enumerate(self.index.source_names)]
+            self.attempt(lambda: lane_schema(readers))
             self.plan = self.attempt(lambda: Plan(self.index, settings))
         if self.plan:
             schedule = Schedule(recipe, self.plan.steps_per_episode, self.plan.num_rows)
@@ -82,11 +85,21 @@ class Check:
             episode = self.plan.episode(0)
             self.needed_bytes["spool"] = EPISODES_ON_DISK * sum(lane_bytes(episode, lane, readers) for lane in range(settings.lanes))
         self.table("Data", rows)
+        tokenizer = self.attempt(lambda: tokenizer_for(recipe.model.text))
+        if readers and tokenizer:
+            captions = self.attempt(lambda: sample_captions(readers))
+            if captions is not None:
+                self.table("Captions of a sample", caption_statistics(captions, tokenizer, recipe.data.caption).table())
+        self.attempt(lambda: text_augmentation(recipe.data.text_augmentation))
 
-    def _preparation(self) -> str:
-        """The command that makes the data, from the recipe's notes."""
-        command = " ".join(self.recipe.notes.partition("Prepare:")[2].split())
-        return f"; prepare it with: {command}" if command else ""
+    def _rows_of(self, source: int) -> str:
+        """How many rows a source has, and how many of them count."""
+        index, text = self.index, f"{self.index.source_rows(source):,}"
+        if index.row_limits and index.row_limits[source]:
+            text += f", of which {index.row_limits[source]:,} are used"
+        if index.weights:
+            text += f"; {index.weights[source] / sum(index.weights):.1%} of every episode"
+        return text
 
     def model(self) -> None:
         """Parameters, FLOPs, memory, and bytes of features."""
@@ -97,7 +110,6 @@ class Check:
         teacher_dim = self._teacher_dim()
         if self.plan and recipe.prototypes:
             self.needed_bytes["features"] = EPISODES_ON_DISK * cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
-        self.attempt(lambda: tokenizer_for(recipe.model.text))
         if model is None:
             return
         self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]

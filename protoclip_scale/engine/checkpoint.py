@@ -21,10 +21,6 @@ from protoclip_scale import collectives
 from protoclip_scale.engine.faults import event
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json, sync
-from protoclip_scale.models.build import build_model
-from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.objectives import build_objectives, features_of
-from protoclip_scale.recipe import Recipe, load_recipe
 
 SCHEMA = 1
 _SMALL = 65_536
@@ -172,6 +168,12 @@ def cursor_of(manifest: dict[str, Any]) -> Cursor:
     return Cursor(**manifest["cursor"])
 
 
+def prototypes_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest of what clustering added at a checkpoint's step, or None. Raises UserError if it is damaged."""
+    folder = prototypes_folder(checkpoint)
+    return read_manifest(folder) if folder.is_dir() else None
+
+
 def describe(cursor: Cursor, samples: int, attempt: int, **more: Any) -> dict[str, Any]:
     """The JSON part of a manifest."""
     return {"cursor": asdict(cursor), "samples": samples, "attempt": attempt, **more}
@@ -202,18 +204,6 @@ def read_weights(run_dir: Path | str, chosen: str = "latest") -> dict[str, torch
     """The state dict of a run's model, without the optimiser's half."""
     folder, manifest, _ = find(Path(run_dir), chosen)
     return {name.removeprefix("model/"): tensor for name, tensor in read_tensors(folder, manifest, "model/").items()}
-
-
-def load_model(run_dir: Path | str, chosen: str = "latest") -> tuple[Recipe, DualEncoder]:
-    """A run's recipe and its model in evaluation mode, on the CPU. Raises UserError if there is no run or no sound checkpoint."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it holds no recipe.yaml")
-    recipe = load_recipe(run_dir / "recipe.yaml")
-    weights = read_weights(run_dir, chosen)
-    model = build_model(recipe, features_of(build_objectives(recipe)), recipe.run.seed, fresh=False)
-    model.load_state_dict(weights, strict=True)
-    return recipe, model.eval()
 
 
 def set_aside(run_dir: Path, after: int, attempt: int) -> list[str]:

@@ -9,11 +9,11 @@ import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
-from protoclip_scale.data.blocks import BlockReader
 from protoclip_scale.data.index import Index
 from protoclip_scale.data.plan import Plan
 from protoclip_scale.data.quarantine import Quarantine
 from protoclip_scale.data.rows import unpack_row_ids
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
 from protoclip_scale.engine.nonfinite import NonFiniteSteps

@@ -22,7 +22,7 @@ class Fetch:
         self.run = run
         self.plan = run.plan.episode(episode)
         self.error: BaseException | None = None
-        self.blocks_done = 0
+        self.blocks_done, self.num_blocks = 0, None
         self._cancelled = False
         self._thread = threading.Thread(target=self._work, daemon=True) if collectives.local_rank() == 0 else None
         if self._thread:
@@ -37,7 +37,7 @@ class Fetch:
             self.error = error
 
     def _on_block(self, done: int, total: int) -> None:
-        self.blocks_done = done
+        self.blocks_done, self.num_blocks = done, total
         event("fetch.block")
         if self._cancelled:
             raise _Cancelled
@@ -57,13 +57,13 @@ class Fetch:
         pause = 0.01
         while collectives.any_rank(self._thread is not None and self._thread.is_alive()):
             self.run.stop.agree()
-            self.run.console.advance(self.blocks_done)
+            self.run.console.advance(self.blocks_done, total=self.num_blocks)
             if self._thread:
                 self._thread.join(pause)
             else:
                 time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        self.run.console.advance(self.blocks_done)
+        self.run.console.advance(self.blocks_done, total=self.num_blocks)
         if self.error and not isinstance(self.error, UserError):
             raise self.error
 

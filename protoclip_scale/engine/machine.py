@@ -19,12 +19,12 @@ from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.extraction import extract, features_folder
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.fetch import Fetch
+from protoclip_scale.engine.head_start import HeadStart, train_batches
 from protoclip_scale.engine.pictures import draw_prototypes
 from protoclip_scale.engine.run_folder import guard_attempt
-from protoclip_scale.engine.signals import Stopped
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.engine.training import train_episode
-from protoclip_scale.errors import UserError
+from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.evaluation.run import evaluate
 from protoclip_scale.files import publish_text
 from protoclip_scale.objectives.base import locked_from
@@ -37,10 +37,11 @@ COLLAPSED_ENTROPY = 0.95
 class EpisodeMachine:
     """Runs episodes from a cursor to the end of the schedule."""
 
-    def __init__(self, run: RunContext, trainer: Trainer, teacher: TeacherFeatures | None):
+    def __init__(self, run: RunContext, trainer: Trainer, teacher: TeacherFeatures | None, head_start: HeadStart | None = None):
         self.run = run
         self.trainer = trainer
         self.teacher = teacher
+        self.head_start = head_start
         self.cursor = Cursor(episode=0, phase="fetch", step_in_episode=0, step=0)
         self.prototypes: EpisodePrototypes | None = None
         self.ahead: Fetch | None = None
@@ -77,14 +78,12 @@ class EpisodeMachine:
         """Stand where a checkpoint was saved; what clustering published after it counts too."""
         tensors = checkpoint.read_tensors(folder, manifest)
         self.cursor = checkpoint.cursor_of(manifest)
-        added = checkpoint.prototypes_folder(folder)
-        if added.is_dir():
-            try:
-                more = checkpoint.read_manifest(added)
-                tensors |= checkpoint.read_tensors(added, more)
-                self.cursor = checkpoint.cursor_of(more)
-            except UserError as error:
-                self.run.console.event(f"warning: {error}; clustering again")
+        try:
+            if added := checkpoint.prototypes_manifest(folder):
+                tensors |= checkpoint.read_tensors(checkpoint.prototypes_folder(folder), added)
+                self.cursor = checkpoint.cursor_of(added)
+        except UserError as error:
+            self.run.console.event(f"warning: {error}; clustering again")
         unfinished = 0 < self.cursor.step_in_episode < self.run.plan.steps_per_episode
         if self.cursor.phase == "evaluate" and unfinished and self.cursor.step < self.run.schedule.total_steps:
             self._move(phase="train")  # the schedule ended inside this episode and has been extended
@@ -155,7 +154,8 @@ class EpisodeMachine:
         every = self.run.recipe.run.checkpoint_steps
         num_steps = min(self.run.plan.steps_per_episode, self.run.schedule.total_steps - first)
         with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
-            for step in train_episode(self.run, self.trainer, self.plan, episode, done, self.cursor.step, self.prototypes):
+            batches = (self.head_start and self.head_start.take(episode, done)) or train_batches(self.run, self.plan, done)
+            for step in train_episode(self.run, self.trainer, batches, episode, self.cursor.step, self.prototypes):
                 self._move(step=step, step_in_episode=step - first)
                 if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
                     self.ahead = Fetch(self.run, episode + 1)

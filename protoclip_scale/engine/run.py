@@ -1,15 +1,13 @@
-"""One attempt of a run, from the first screen to the last."""
+"""An attempt's frame: process group, run directory, data; then training, and what is told of its end.
+
+Only light imports stand here, so that a resumed run has its first batch within seconds.
+"""
 
 import argparse
-import contextlib
 import os
-import shutil
-import time
 from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator
 
 from protoclip_scale import collectives
 from protoclip_scale.data.index import index_of, open_readers
@@ -17,31 +15,24 @@ from protoclip_scale.data.plan import Plan, check_lanes, lanes_of
 from protoclip_scale.data.quarantine import Quarantine
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import tokenizer_for
+from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine import strategy as strategies
+from protoclip_scale.engine.checkpoint import Cursor
 from protoclip_scale.engine.context import BadRows, RunContext, lanes_of_this_node
-from protoclip_scale.engine.machine import EpisodeMachine
+from protoclip_scale.engine.head_start import HeadStart
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
-from protoclip_scale.engine.run_folder import Start, open_run
+from protoclip_scale.engine.run_folder import Start, check_sources, open_run
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
-from protoclip_scale.engine.screens import last_facts, start_facts
-from protoclip_scale.engine.signals import STOPPED_EXIT_CODE, StopFlag, Stopped
+from protoclip_scale.engine.signals import StopFlag
 from protoclip_scale.engine.trace import RowTrace
-from protoclip_scale.engine.trainer import Trainer
-from protoclip_scale.errors import UserError
-from protoclip_scale.evaluation.run import baseline
-from protoclip_scale.export.open_clip_layout import check_open_clip, export_open_clip
-from protoclip_scale.files import publish_json
-from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.objectives import build_objectives
-from protoclip_scale.prototypes.teacher import open_teacher
+from protoclip_scale.errors import STOPPED_EXIT_CODE, Stopped, UserError
 from protoclip_scale.recipe import Recipe
 from protoclip_scale.report.console import make_console
 
 
 def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     """Train a recipe in a run directory; the exit code."""
-    memory_after_imports = _peak_memory_gb()
     stop = StopFlag()
     accelerator = strategies.start(recipe.run.timeout_minutes)
     torch.set_num_threads(recipe.run.threads or default_threads())  # after accelerate, which sets its own
@@ -55,7 +46,10 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     try:
         log.write_status("running")
         run = _context(recipe, folder, start, accelerator.device, stop, log, console)
-        _train(run, accelerator, start, memory_after_imports)
+        head_start = HeadStart(run, _resumed_at(start)) if start.manifest else None
+        from protoclip_scale.engine.attempt import train  # seconds of imports, while loader processes are at work already
+
+        train(run, accelerator, start, head_start)
     except Stopped:
         console.close()
         log.write_status("stopped", STOPPED_EXIT_CODE, "stopped by a signal after a checkpoint was saved")
@@ -77,8 +71,18 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _resumed_at(start: Start) -> Cursor:
+    """Where the run will go on."""
+    try:
+        added = checkpoint.prototypes_manifest(start.checkpoint)
+    except UserError:  # the machine tells it, and clusters again
+        added = None
+    return checkpoint.cursor_of(added or start.manifest)
+
+
 def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
     readers = collectives.from_rank_zero(lambda: open_readers(recipe.data))
+    collectives.from_rank_zero(lambda: check_sources(folder, readers))
     index = index_of(readers)
     plan = Plan(index, recipe.data.plan)
     if start.manifest and start.manifest["plan"] != plan.fingerprint:
@@ -115,66 +119,9 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
     )
 
 
-def _train(run: RunContext, accelerator: Accelerator, start: Start, memory_after_imports: float) -> None:
-    recipe = run.recipe
-    began = time.monotonic()
-    objectives = build_objectives(recipe)
-    strategy = strategies.Strategy(accelerator, strategies.Precision(recipe.optim.precision, run.device))
-    trainer = Trainer(recipe, strategy, objectives, run.schedule)
-    teacher_settings = recipe.objectives.get("teacher")
-    teacher = open_teacher(teacher_settings.features, run.index) if teacher_settings and teacher_settings.weight else None
-    machine = EpisodeMachine(run, trainer, teacher)
-    if start.checkpoint:
-        machine.resume(start.checkpoint, start.manifest)
-    else:
-        trainer.build(frozen=machine.frozen(0))
-        run.log.discard_after(0)
-    run.log.write_environment(ranks=collectives.world_size())
-    run.console.start(start_facts(run, trainer.model, start.checkpoint))
-    for warning in (*start.warnings, *(check_open_clip(recipe) if recipe.run.export else ())):
-        run.console.event(f"warning: {warning}")
-    untrained = run.folder / "baseline.json"
-    if recipe.evaluation.sets and not collectives.broadcast_object(untrained.exists()):
-        with run.phase("evaluate", machine.cursor.episode, total=None, unit="sets"):
-            figures = baseline(recipe, run.tokenizer, run.device)
-        if collectives.rank() == 0:
-            publish_json(untrained, figures)
-    machine.train()
-    export = run.folder / "export" / "open_clip"
-    if recipe.run.export:
-        collectives.from_rank_zero(lambda: _export(trainer.model, recipe, export))
-    run.trace.close()
-    collectives.on_each_machine(lambda: _remove_scratch(run.scratch))
-    facts = {"memory_gb": _peak_memory_gb(), "memory_after_imports_gb": memory_after_imports, "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
-    run.console.save_svg(run.folder / "pictures" / "console.svg")
-    run.console.finish(last_facts(run, **facts))
-
-
-def _export(model: DualEncoder, recipe: Recipe, folder: Path) -> None:
-    """Replace the run's export by one of these weights."""
-    shutil.rmtree(folder, ignore_errors=True)
-    export_open_clip(model, recipe, folder)
-
-
-def _remove_scratch(folder: Path) -> None:
-    """The run's own scratch, and the folder around it if nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
-
-
 def default_threads() -> int:
     """CPU threads of a rank: its share of the cores where there is no GPU (launchers set one), torch's choice beside a GPU."""
     if torch.cuda.is_available():
         return torch.get_num_threads()
     usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _peak_memory_gb() -> float:
-    """Peak resident memory of this rank in GiB."""
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return psutil.Process().memory_info().rss / 2**30

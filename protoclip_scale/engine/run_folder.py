@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protoclip_scale.data.sources import BlockReader
+from protoclip_scale.data.sources.fingerprint import describe, difference
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json, publish_text
@@ -78,3 +80,20 @@ def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
     run_id, attempt = _begin_attempt(folder)
     publish_text(folder / "recipe.yaml", dump(recipe))
     return Start(run_id, attempt, found, manifest, tuple(warnings))
+
+
+def check_sources(folder: Path, readers: list[BlockReader]) -> None:
+    """Keep what the run's data is made of in ``sources.json``, or compare it with what was kept; for rank 0.
+
+    Raises:
+        UserError: the data is not what the run began with, naming what changed.
+    """
+    path = folder / "sources.json"
+    now = [describe(reader) for reader in readers]
+    if not path.exists():
+        publish_json(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [difference(*pair) for pair in zip(before, now, strict=True) if pair[0]["fingerprint"] != pair[1]["fingerprint"]]
+    if changed:
+        raise UserError(f"{folder}: the data changed since this run began: {'; '.join(changed)}; restore it, or choose another --run-dir")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from protoclip_scale import collectives
-from protoclip_scale.data.quarantine import read_quarantine
+from protoclip_scale.data.quarantine import read_quarantine, summary
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.models.dual_encoder import DualEncoder
@@ -65,6 +65,6 @@ def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float
         "pictures": [shown(path) for path in pictures if path.exists()],
         "notes": [
             f"{memory_gb - memory_after_imports_gb:.2f} GB of the peak memory are above what imports take",
-            *([f"{len(listed)} rows could not be used and were replaced; see {shown(quarantine)}"] if listed else []),
+            *([f"{summary(listed)} could not be used and were replaced; listed in {shown(quarantine)}"] if listed else []),
         ],
     }

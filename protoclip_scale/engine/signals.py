@@ -3,12 +3,7 @@
 import signal
 
 from protoclip_scale import collectives
-
-STOPPED_EXIT_CODE = 75
-
-
-class Stopped(Exception):
-    """All ranks have agreed to stop; the run can be resumed."""
+from protoclip_scale.errors import Stopped
 
 
 class StopFlag:

@@ -7,8 +7,7 @@ import psutil
 import torch
 
 from protoclip_scale import collectives
-from protoclip_scale.data.batches import Batch, EpisodeBatches, make_loader
-from protoclip_scale.data.plan import EpisodePlan
+from protoclip_scale.data.batches import Batch
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.trainer import Loss, Trainer
@@ -33,17 +32,14 @@ def _averaged(loss: Loss) -> dict[str, float]:
 
 
 def train_episode(
-    run: RunContext, trainer: Trainer, plan: EpisodePlan, episode: int, start_in_episode: int, step: int, prototypes: EpisodePrototypes | None
+    run: RunContext, trainer: Trainer, batches: Iterator[Batch], episode: int, step: int, prototypes: EpisodePrototypes | None
 ) -> Iterator[int]:
-    """Train on the episode from a step on; yields the number of steps of the run taken so far, after each one."""
+    """Train on batches of the episode; yields the number of steps of the run taken so far, after each one."""
     recipe, total = run.recipe, run.schedule.total_steps
-    batches = EpisodeBatches(
-        recipe.data, recipe.model.image.size, run.tokenizer, plan, run.spool, run.lanes, purpose="train", seed=recipe.data.plan.seed
-    )
     waits: list[float] = []
     window_start, window_steps = time.perf_counter(), 0
     trainer.strategy.model.train()
-    for batch in _timed(make_loader(batches, start_in_episode, recipe.data.workers, pin_memory=run.device.type == "cuda"), waits):
+    for batch in _timed(batches, waits):
         run.bad_rows.add(batch)
         loss = trainer.loss(batch, episode, prototypes)
         event("train.forward")

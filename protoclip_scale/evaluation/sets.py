@@ -1,15 +1,13 @@
 """Held-out sets: which rows count, their captions and class names; image bytes are read block by block when needed."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import fsspec
 import numpy as np
-import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from protoclip_scale.data.blocks import BlockReader
 from protoclip_scale.data.captions import clean_caption
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe.schema import EvaluationSet, Source
 
@@ -36,10 +34,8 @@ class HeldOutRows:
         places = self.places[rows.start : rows.stop]
         images: list[bytes] = []
         for block in dict.fromkeys(places[:, 0].tolist()):
-            column = self.reader.read(block, [self.settings.columns.image]).column(self.settings.columns.image)
-            for row in places[places[:, 0] == block, 1].tolist():
-                value = column[row].as_py()
-                images.append((value.get("bytes") if isinstance(value, dict) else value) or b"")
+            column = self.reader.read(block).column("image")
+            images += [column[row].as_py() or b"" for row in places[places[:, 0] == block, 1].tolist()]
         return images
 
 
@@ -49,15 +45,19 @@ def load_set(settings: EvaluationSet, root: str, retry_seconds: float = 300) -> 
     Several captions of a row all count, each distinct text once. Raises UserError for missing files and columns, and for a
     set in which no row is left.
     """
-    source = Source(files=settings.files, columns=settings.columns.model_dump(), name=settings.name)
-    reader = BlockReader(source, root, retry_seconds)
     label_columns = list(dict.fromkeys((*settings.classify, *settings.exclude)))
+    reader = _open(settings, label_columns, root, retry_seconds)
     captions: list[list[str]] = []
     classes: dict[str, list[str]] = {column: [] for column in settings.classify}
     places: list[tuple[int, int]] = []
-    for block, table in enumerate(_texts_by_block(reader, settings, label_columns)):
-        labels = {column: [_text(value) for value in table.column(column).to_pylist()] for column in label_columns}
-        for row, value in enumerate(table.column(settings.columns.caption).to_pylist()):
+    for block in range(len(reader.block_rows)):
+        table = reader.read(block, images=False)
+        texts = table.column("captions").to_pylist()
+        labels = {
+            column: [_text(next(iter(row), None)) for row in texts] if column == settings.columns.caption else [_text(value) for value in table.column(column).to_pylist()]
+            for column in label_columns
+        }
+        for row, value in enumerate(texts):
             if any(labels[column][row] in values for column, values in settings.exclude.items()):
                 continue
             captions.append(_distinct(value))
@@ -69,18 +69,16 @@ def load_set(settings: EvaluationSet, root: str, retry_seconds: float = 300) -> 
     return HeldOutRows(settings, reader, captions, classes, np.asarray(places, dtype=np.int64))
 
 
-def _texts_by_block(reader: BlockReader, settings: EvaluationSet, label_columns: list[str]) -> Iterator:
-    """The caption and label columns of each row group, in the order of the reader's blocks."""
-    for file in reader.files:
-        with fsspec.open(file, "rb") as opened:
-            parquet = pq.ParquetFile(opened)
-            for column in label_columns:
-                if column not in parquet.schema_arrow.names:
-                    raise UserError(
-                        f"evaluation set {settings.name}: {file} has no column {column!r} (classify or exclude); its columns are {', '.join(parquet.schema_arrow.names)}"
-                    )
-            for group in range(parquet.metadata.num_row_groups):
-                yield parquet.read_row_group(group, columns=list(dict.fromkeys((settings.columns.caption, *label_columns))))
+def _open(settings: EvaluationSet, label_columns: list[str], root: str, retry_seconds: float) -> BlockReader:
+    """The set's reader, which brings the label columns with each row (but for a caption column that is a label, too)."""
+    extra = tuple(column for column in label_columns if column != settings.columns.caption)
+    columns = {"image": settings.columns.image, "caption": settings.columns.caption, "extra": extra}
+    try:
+        source = Source(files=settings.files, format="parquet", columns=columns, name=settings.name)
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, data.sources ").removeprefix(f"{settings.name}: ")
+        raise UserError(f"evaluation set {settings.name} (classify or exclude): {reason}") from error
+    return BlockReader(source, root, retry_seconds)
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,6 +95,5 @@ def _text(value) -> str:
     return "" if value is None else clean_caption(str(value))
 
 
-def _distinct(value) -> list[str]:
-    texts = value if isinstance(value, list) else [value]
+def _distinct(texts: list[str]) -> list[str]:
     return [text for text in dict.fromkeys(map(_text, texts)) if text]

@@ -9,8 +9,10 @@ sealed; only a sealed store can be opened. Reading never takes an unwritten or n
     folder/manifest.json       written last, by seal: the layout and the parts that are complete
 """
 
+import errno
 import fcntl
 import json
+import math
 import mmap
 import os
 import re
@@ -86,6 +88,11 @@ class FeatureStore:
     def writer(self, part: int) -> "Writer":
         """The one writer of a part; it goes on where an earlier one was interrupted. UserError while another process has it."""
         return Writer(self, part)
+
+    def unfinished(self) -> list[int]:
+        """Parts of which rows are not on disk yet."""
+        marks = {part: self.folder / f"written.{part:05d}.npy" for part in range(self.num_parts)}
+        return [part for part, path in marks.items() if not path.exists() or not (self._load(path.name, (self.part_rows[part],), np.dtype(np.uint8)) == 1).all()]
 
     def seal(self, parts: Iterable[int] | None = None) -> "FeatureStore":
         """Checks every row of ``parts`` (default: all; a node with its own scratch folder passes its lanes) and publishes the manifest.
@@ -276,11 +283,21 @@ class Writer:
 
 
 def _make(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A file of zeros, sparse where the file system allows it, unless it exists."""
-    if not path.exists():
-        temporary = path.with_name(f".{path.name}")
+    """A file of zeros, unless it exists. Its whole size is taken from the disk at once: a mapped page without a place there ends the process by a signal."""
+    if path.exists():
+        return
+    temporary = path.with_name(f".{path.name}")
+    try:
         np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-        os.replace(temporary, path)
+        if hasattr(os, "posix_fallocate"):
+            with open(temporary, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"disk full: the feature store {path.parent} needs {np.dtype(dtype).itemsize * math.prod(shape) / 1e6:.1f} MB for {path.name}; free space there or choose another folder, then start again") from error
+    os.replace(temporary, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from protoclip_scale.data.index import Index
 from protoclip_scale.data.rows import unpack_row_ids
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore
 
@@ -18,9 +19,9 @@ COLUMN = "teacher"
 KIND = "teacher features"
 
 
-def describe_source(name: str, fingerprint: str, caption_column: str, caption: str) -> dict[str, str]:
-    """What a teacher's store says about one part."""
-    return {"name": name, "fingerprint": fingerprint, "caption_column": caption_column, "caption": caption}
+def describe_source(reader: BlockReader, columns: dict[str, str]) -> dict[str, str]:
+    """What a teacher's store says about one part; ``columns``: those it was made from."""
+    return {"name": reader.name, "fingerprint": reader.fingerprint, **columns}
 
 
 class TeacherFeatures:

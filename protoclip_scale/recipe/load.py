@@ -20,7 +20,7 @@ from protoclip_scale.recipe.rules import contradictions
 PATHS = ("data.root", "objectives.*.features")
 PATHS_OR_NAMES = ("model.init_from", "model.text.name")
 # What a run may change when it goes on; schedule.total only with --extend.
-MAY_CHANGE = ("run.*", "evaluation.*", "data.workers")
+MAY_CHANGE = ("run.*", "evaluation.*", "data.workers", "data.prepare")
 
 
 class _Origin(NamedTuple):
@@ -58,17 +58,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> schem
     --set), key, what was found, what to do.
     """
     path = Path(path).expanduser()
-    layers = _layers(path, ())
-    tree: dict[str, Any] = {}
-    origins: dict[tuple[str, ...], _Origin] = {(): layers[-1][1]}
-    for layer, origin in layers:
-        _merge(tree, layer, origins, origin)
-    tree["name"] = layers[-1][0].get("name", path.stem)
-    for override in overrides:
-        _override(tree, origins, override)
-    if isinstance(tree.get("data"), dict) and tree["data"].get("root") is None:
-        tree["data"]["root"] = str(layers[-1][1].folder)
-    _resolve_paths(tree, origins)
+    tree, origins = _read(path, overrides)
     try:
         if "objectives" in tree:
             tree["objectives"] = _with_their_settings(tree["objectives"])
@@ -84,6 +74,34 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> schem
     other_keys = {located(problem["loc"])[0] for problem in others} - {".".join(place)}
     more = f"; also look at {', '.join(sorted(other_keys))}" if other_keys else ""
     raise UserError(f"{_origin_of(place, origins).label}: {one_line(first)}{more}")
+
+
+def peek(path: str | os.PathLike, overrides: Iterable[str], *keys: str) -> list[Any]:
+    """Values of dotted keys as the files and overrides say them, unchecked; None where they do not. Nothing heavy is imported for it."""
+    tree, _ = _read(Path(path).expanduser(), overrides)
+    values = []
+    for key in keys:
+        value: Any = tree
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        values.append(value)
+    return values
+
+
+def _read(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], dict[tuple[str, ...], _Origin]]:
+    """The unchecked tree of a recipe, and who said what."""
+    layers = _layers(path, ())
+    tree: dict[str, Any] = {}
+    origins: dict[tuple[str, ...], _Origin] = {(): layers[-1][1]}
+    for layer, origin in layers:
+        _merge(tree, layer, origins, origin)
+    tree["name"] = layers[-1][0].get("name", path.stem)
+    for override in overrides:
+        _override(tree, origins, override)
+    if isinstance(tree.get("data"), dict) and tree["data"].get("root") is None:
+        tree["data"]["root"] = str(layers[-1][1].folder)
+    _resolve_paths(tree, origins)
+    return tree, origins
 
 
 def dump(recipe: schema.Recipe) -> str:

@@ -165,6 +165,7 @@ class Data(Section):
     max_members: Positive = Field(1_000_000, description="A tar shard with more members is refused.")
     workers: int = Field(2, ge=0, description="Loader processes per rank; they change speed only, never a batch.")
     retry_seconds: float = Field(300, ge=0, description="How long remote reads are retried before the run stops.")
+    prepare: str | None = Field(None, description="The command that makes the files; --check quotes it when there are none.")
 
     @model_validator(mode="after")
     def _weights_for_all_or_none(self):

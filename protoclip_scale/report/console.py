@@ -42,8 +42,8 @@ class Console:
     def phase(self, name: str, episode: int, num_episodes: int, total: int | None, unit: str, done: int = 0) -> None:
         """Opens a phase and closes the one before. ``episode`` counts from 1; ``done`` is where a resumed phase goes on."""
 
-    def advance(self, done: int, note: str = "") -> None:
-        """How far the open phase is, in all."""
+    def advance(self, done: int, note: str = "", total: int | None = None) -> None:
+        """How far the open phase is, in all; ``total`` for one that could not say so when it was opened."""
 
     def step(self, figures: Mapping[str, Any]) -> None:
         """One line of figures, all optional: step, total_steps, loss, loss/NAME, scale/NAME, lr, gradient_norm,
@@ -149,11 +149,11 @@ class DrawingConsole(Console):
             self._progress_line(line)
 
     @_never_raises
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: str = "", total: int | None = None) -> None:
         phase = self.progress.phase
         if phase is None:
             return
-        phase.done, phase.note = done, note or phase.note
+        phase.done, phase.note, phase.total = done, note or phase.note, total or phase.total
         if self.progress.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self._progress_line(phase.progress_line(self.progress.clock()))
         self._put("draw", False)

@@ -1,11 +1,12 @@
 """A picture of prototypes: for each one some of its images, its size and its captions."""
 
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from protoclip_scale.report.drawing import BORDER, CARD, GREY, INK, PAGE, cut, fitted
 
 Prototype = tuple[str, int, Sequence[Image.Image], Sequence[str]]
 
@@ -14,7 +15,6 @@ IMAGES_PER_CARD = 6
 CAPTION_LINES = 3
 THUMBNAIL, GAP, PADDING, MARGIN = 96, 8, 14, 18
 TITLE_SIZE, TEXT_SIZE, LINE = 18, 14, 20
-PAGE, CARD, BORDER, INK, GREY = "#f3f4f6", "#ffffff", "#d5d8de", "#1d2433", "#667085"
 CARD_WIDTH = 2 * PADDING + IMAGES_PER_CARD * THUMBNAIL + (IMAGES_PER_CARD - 1) * GAP
 CARD_HEIGHT = 2 * PADDING + TITLE_SIZE + 2 * GAP + THUMBNAIL + GAP + CAPTION_LINES * LINE
 
@@ -45,26 +45,15 @@ def _card(title: str, size: int, images: Sequence[Image.Image], captions: Sequen
     large, small = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(TEXT_SIZE)
     rows = f"{size:,} row{'' if size == 1 else 's'}"
     rows_width = draw.textlength(rows, small)
-    draw.text((PADDING, PADDING), _cut(title, draw, large, CARD_WIDTH - 2 * PADDING - GAP - rows_width), INK, large)
+    draw.text((PADDING, PADDING), cut(title, draw, large, CARD_WIDTH - 2 * PADDING - GAP - rows_width), INK, large)
     draw.text((CARD_WIDTH - PADDING - rows_width, PADDING + TITLE_SIZE - TEXT_SIZE), rows, GREY, small)
     top = PADDING + TITLE_SIZE + 2 * GAP
     for number, image in enumerate(images[:IMAGES_PER_CARD]):
-        card.paste(_thumbnail(image), (PADDING + number * (THUMBNAIL + GAP), top))
+        card.paste(fitted(image, THUMBNAIL, THUMBNAIL), (PADDING + number * (THUMBNAIL + GAP), top))
     top += THUMBNAIL + GAP
     for number, line in enumerate(_caption_lines(captions)):
-        draw.text((PADDING, top + number * LINE), _cut(line, draw, small, CARD_WIDTH - 2 * PADDING), INK if number == 0 else GREY, small)
+        draw.text((PADDING, top + number * LINE), cut(line, draw, small, CARD_WIDTH - 2 * PADDING), INK if number == 0 else GREY, small)
     return card
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    """The whole image, centred on a white square; small pictures are enlarged without blur."""
-    image = image.convert("RGBA")
-    scale = THUMBNAIL / max(image.size)
-    shape = tuple(max(1, round(side * scale)) for side in image.size)
-    image = image.resize(shape, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
-    square = Image.new("RGBA", (THUMBNAIL, THUMBNAIL), "white")
-    square.alpha_composite(image, ((THUMBNAIL - shape[0]) // 2, (THUMBNAIL - shape[1]) // 2))
-    return square.convert("RGB")
 
 
 def _caption_lines(captions: Sequence[str]) -> list[str]:
@@ -76,13 +65,3 @@ def _caption_lines(captions: Sequence[str]) -> list[str]:
     lines = [f"{text}  (x{counts[text]})" if counts[text] > 1 else text for text in commonest[:CAPTION_LINES]]
     hidden = len(commonest) - len(lines)
     return lines if hidden <= 0 else [*lines[:-1], f"{lines[-1]}   ... and {hidden} more"]
-
-
-def _cut(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> str:
-    # Pillow's own font, the only one that is everywhere, has ASCII alone.
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or "(caption in another script)"
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text + "..."

@@ -1,0 +1,45 @@
+"""Text and pictures for Pillow's drawings: what fits into how many pixels."""
+
+import textwrap
+import unicodedata
+
+from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+PAGE, CARD, BORDER, INK, GREY = "#f3f4f6", "#ffffff", "#d5d8de", "#1d2433", "#667085"
+
+
+def drawable(text: str) -> str:
+    """ASCII alone, which is what Pillow's own font has, the only font that is everywhere; letters lose their accents."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or ("(caption in another script)" if text else "")
+
+
+def cut(text: str, draw: ImageDraw.ImageDraw, font: Font, width: float) -> str:
+    """The text, its end replaced by ... if it is wider than ``width`` pixels."""
+    text = drawable(text)
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The whole image on white, centred in a box; small pictures are enlarged without blur."""
+    image = image.convert("RGBA")
+    scale = min(width / image.width, height / image.height)
+    shape = tuple(max(1, round(side * scale)) for side in image.size)
+    image = image.resize(shape, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+    box = Image.new("RGBA", (width, height), "white")
+    box.alpha_composite(image, ((width - shape[0]) // 2, (height - shape[1]) // 2))
+    return box.convert("RGB")
+
+
+def wrapped(text: str, draw: ImageDraw.ImageDraw, font: Font, width: float, lines: int) -> list[str]:
+    """The text in at most so many lines of ``width`` pixels; the last is cut."""
+    text = drawable(text)
+    letters = max(1, int(width / max(1.0, draw.textlength(text, font)) * len(text)))
+    parts = textwrap.wrap(text, letters) or [text]
+    if len(parts) > lines:
+        parts = [*parts[: lines - 1], " ".join(parts[lines - 1 :])]
+    return [cut(part, draw, font, width) for part in parts]
