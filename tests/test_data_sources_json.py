@@ -53,7 +53,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows, st.booleans(), st.sampled_from(sorted(LAYOUTS)))
 def test_any_file_equals_its_twin(tmp_path_factory, rows, ascii_only, layout):
     rows = [{"image": "a", "caption": "c", "words": None, "score": None, "number": 1}, *rows]

@@ -1,11 +1,12 @@
 """Sources on servers: what is asked of them, what failures do, what the user reads when they last, and what a dataset of the Hub resolves to."""
 
+import collections
 import shutil
 import time
 
 import pytest
 
-from protoclip_scale.data.sources import BlockReader, filesystems, retry, streaming
+from protoclip_scale.data.sources import FORMATS, BlockReader, filesystems, retry, streaming
 from protoclip_scale.data.sources.fingerprint import describe, difference
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
@@ -101,8 +102,8 @@ def test_a_server_that_hangs_is_asked_again(server, monkeypatch):
     monkeypatch.setattr(streaming, "_storage_options", {})
     server.faults(hang_every=3, hang_seconds=5.0)
     started = time.monotonic()
-    name = "train-00005-of-00010.parquet"  # not opened before, with other options
-    assert opened(server.url, name).read(1).equals(opened(str(CORPUS), name).read(1))
+    monkeypatch.setattr(FORMATS["parquet"], "_opened", collections.OrderedDict())  # with those options
+    assert opened(server.url, FIRST).read(1).equals(LOCAL.read(1))
     assert "hang" in {request["answer"] for request in server.requests()} and time.monotonic() - started < 5
 
 

@@ -19,6 +19,7 @@ from protoclip_scale.data.masking import mask_tokens
 from protoclip_scale.data.plan import Plan
 from protoclip_scale.data.randomness import generator
 from protoclip_scale.data.rows import unpack_row_ids
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import ClipTokenizer
@@ -199,3 +200,26 @@ def test_a_batch_in_pinned_memory_keeps_its_views(corpus, monkeypatch):
     assert len(before) >= 10 and all(torch.equal(after[path], value + 1) for path, value in before.items())
 
 
+
+
+def test_large_images_that_are_files_are_read_few_at_a_time(tmp_path, monkeypatch):
+    """A block of a table is 1,000 rows: with photographs of megabytes it must not be in memory as a whole."""
+    (tmp_path / "images").mkdir()
+    for row in range(64):
+        (tmp_path / "images" / f"{row}.png").write_bytes(picture(row) + bytes(4_000_000))
+    lines = "".join(f"images/{row}.png\trow {row}\n" for row in range(64))
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + lines)
+    data = schema.Data(root=str(tmp_path), sources=[{"files": "pairs.tsv"}], plan={"episode_size": 64, "lanes": 1, "global_batch": 16})
+    [reader] = readers = open_readers(data)
+    assert reader.block_rows.tolist() == [64] and reader.rows_at_once(0) == 15
+    some = reader.read(0, images=frozenset({3, 4})).column("image")
+    assert [row for row in range(64) if some[row].as_py() is not None] == [3, 4]
+    held = []
+    monkeypatch.setattr(BlockReader, "read", lambda *args, read=BlockReader.read, **named: held.append(read(*args, **named)) or held[-1])
+    episode = Plan(index_of(readers), data.plan).episode(0)
+    spool = Spool(tmp_path / "spool", "run")
+    spool.fill(episode, 0, [0], readers)
+    assert len(held) == 5 and max(table.nbytes for table in held) < 64e6
+    for place, row_id in enumerate(episode.read_order(0).tolist()):
+        image, captions = spool.open(0, 0).row(place)
+        assert image[: len(picture(0))] == picture(row_id) and captions == [f"row {row_id}"]

@@ -141,7 +141,7 @@ def test_changed_data_on_resume(capsys, finished, tmp_path):
     table = pq.read_table(shard)
     pq.write_table(table.slice(1), shard, row_group_size=64)
     line = run(capsys, "demo_clip.yaml", folder, values)
-    assert "the data changed since this run began: 1 file with another number of rows: train-00000-of-00010.parquet (512 -> 511)" in line
+    assert "the data changed since this run began: demo_corpus: 1 file with another number of rows: train-00000-of-00010.parquet (512 -> 511)" in line
     turned = table.set_column(table.column_names.index("caption"), "caption", table.column("caption").take(list(range(511, -1, -1))))
     pq.write_table(turned, shard, row_group_size=64)
     assert "1 file with other content: train-00000-of-00010.parquet" in run(capsys, "demo_clip.yaml", folder, values)

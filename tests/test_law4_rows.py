@@ -27,7 +27,7 @@ from protoclip_scale.data.rows import pack_row_ids, unpack_row_ids
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.engine.context import BadRows
 from protoclip_scale.recipe import load_recipe, schema
-from tests.support import CORPUS, RECIPES, TINY, TINY_PROTOTYPES, metrics, output, pretrain
+from tests.support import CORPUS, TINY, TINY_PROTOTYPES, metrics, output, pretrain
 from tests.test_data_batches import Letters, text_of
 from tests.test_law3_survival import rows_of_final_weights
 
@@ -46,11 +46,11 @@ def one_huge(rng: np.random.Generator) -> list[int]:
 
 
 def many_tiny(rng: np.random.Generator) -> list[int]:
-    return [3, *rng.integers(0, 4, 35).tolist()]  # some are empty
+    return [3] * 10 + rng.integers(0, 4, 30).tolist()  # some are empty
 
 
 def uneven(rng: np.random.Generator) -> list[int]:
-    return [0, *rng.integers(0, 16, 6).tolist(), 0, 30]
+    return [0, *rng.integers(0, 16, 6).tolist(), 0, 42]
 
 
 SHAPES = (fewer_blocks_than_ranks, one_huge, many_tiny, uneven)
@@ -128,7 +128,7 @@ def random_case(seed: int) -> Case:
     blocks = [SHAPES[seed % len(SHAPES)](rng), *([many_tiny(rng)] if rng.random() < 0.4 else [])]
     sizes = [sum(rows) for rows in blocks]
     bad = {int(number) for number in np.flatnonzero(rng.random(sum(sizes)) < 0.1 * (seed % 3 > 0))}
-    limits = [int(rng.integers(size * 2 // 3, size)) if rng.random() < 0.3 else None for size in sizes]
+    limits = [int(rng.integers(max(40, size * 2 // 3), size)) if rng.random() < 0.3 else None for size in sizes]
     counted = [limit or size for limit, size in zip(limits, sizes, strict=True)]
     weights = rng.integers(1, 4, len(sizes)).tolist() if rng.random() < 0.5 else [None] * len(sizes)
     longest = sum(counted)  # an episode; with weights no source may give more than it has
@@ -136,7 +136,7 @@ def random_case(seed: int) -> Case:
         longest = min(int((rows - 3) * sum(weights) / weight) for rows, weight in zip(counted, weights, strict=True))
     if longest < 40:
         weights, longest = [None] * len(sizes), sum(counted)
-    epoch_rows = int(rng.integers(max(40, longest * 3 // 4), longest)) if limits == weights == [None] * len(sizes) and rng.random() < 0.5 else None
+    epoch_rows = int(rng.integers(max(40, longest * 3 // 4), longest + 1)) if limits == weights == [None] * len(sizes) and rng.random() < 0.5 else None
     batch = 4 * int(rng.integers(1, 1 + min(3, (epoch_rows or longest) // 40)))
     steps = int(rng.integers(-(-40 // batch), (epoch_rows or longest) // batch + 1))
     plan = {"seed": seed, "epoch_rows": epoch_rows, "episode_size": steps * batch, "lanes": 4, "global_batch": batch}
@@ -426,8 +426,24 @@ def run_attempts(run_dir: Path, recipe: str, settings: tuple[str, ...], attempts
             assert codes == [0] * attempt.ranks, output(run_dir)
 
 
-def test_kills_bad_rows_and_other_numbers_of_ranks_together(tmp_path, uneven_corpus):
+FAST = [Attempt(2, 0, "train.forward:6@1"), Attempt(1, 1, "fetch.block:9"), Attempt(2, 0)]
+SLOW = {
+    "four, one, two": [Attempt(4, 0, "train.step:5@2"), Attempt(1, 3, "checkpoint.published:2"), Attempt(2, 1, "train.forward:3@1"), Attempt(4, 1)],
+    "one all the time": [Attempt(1, 3, "checkpoint.written:2"), Attempt(1, 0, "fetch.block:12"), Attempt(1, 1, "train.step:4"), Attempt(1, 3)],
+    "two, four": [Attempt(2, 3, "checkpoint.written:3@1"), Attempt(4, 3, "fetch.block:4"), Attempt(4, 0)],
+}
+
+
+@pytest.mark.parametrize("attempts", [pytest.param(FAST, id="two, one, two"), *(pytest.param(each, id=name, marks=pytest.mark.slow) for name, each in SLOW.items())])
+def test_kills_bad_rows_and_other_numbers_of_ranks_together(tmp_path, uneven_corpus, attempts):
     folder, bad = uneven_corpus
-    attempts = [Attempt(2, 0, "train.forward:6@1"), Attempt(1, 1, "fetch.block:9"), Attempt(2, 0)]
     run_attempts(tmp_path / "run", "demo_clip.yaml", (*TINY, *LAW, f"data.root={folder}"), attempts)
+    check_run(tmp_path / "run", bad)
+
+
+@pytest.mark.slow
+def test_kills_and_bad_rows_in_extraction_and_clustering(tmp_path, uneven_corpus):
+    folder, bad = uneven_corpus
+    attempts = [Attempt(2, 1, "extract.block:2@1"), Attempt(4, 1, "cluster.iteration:3@3"), Attempt(1, 3, "train.step:5"), Attempt(2, 3, "extract.block:1"), Attempt(2, 0)]
+    run_attempts(tmp_path / "run", "demo_protoclip.yaml", (*TINY_PROTOTYPES, *LAW, f"data.root={folder}"), attempts)
     check_run(tmp_path / "run", bad)

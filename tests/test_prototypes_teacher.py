@@ -151,24 +151,54 @@ def test_pca_is_that_of_numpy(tmp_path):
     assert store.info["explained_variance"] == pytest.approx((values[:4] ** 2).sum() / (values**2).sum(), abs=1e-3)
 
 
-def test_the_tool_writes_what_the_recipe_opens_and_reports_errors_in_one_line(tmp_path, capsys):
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    """14 rows, one of them without a caption."""
     image = io.BytesIO()
     Image.new("RGB", (4, 4)).save(image, "PNG")
     captions = [[f"a picture of thing number {number}"] for number in range(12)] + [[], ["", "second"]]
     pq.write_table(pa.table({"image": [image.getvalue()] * 14, "caption": pa.array(captions, pa.list_(pa.string()))}), tmp_path / "a.parquet")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
         "data: {sources: [{files: a.parquet}], plan: {global_batch: 8}}\nmodel: {image: {name: resnet10t}}\n"
         "objectives: {clip: }\noptim: {lr: 0.001}\nschedule: {total: 1 episodes, warmup_steps: 0}\n"
     )
-    arguments = ["--recipe", str(recipe), "--set", "data.plan.episode_size=8", "--model", "minilm", "--out", str(tmp_path / "teacher")]
-    assert tool.main([*arguments, "--dim", "6"]) == 0
+    return str(path)
+
+
+def test_the_tool_writes_what_the_recipe_opens_and_a_npy_that_comes_back(tmp_path, recipe, capsys):
+    arguments = ["--recipe", recipe, "--set", "data.plan.episode_size=8", "--model", "minilm", "--out", str(tmp_path / "teacher")]
+    assert tool.main([*arguments, "--dim", "6", "--npy-out", str(tmp_path / "six.npy"), "--expect-ranks", "1"]) == 0
     assert "14 rows of 6 features" in capsys.readouterr().out
-    teacher = open_teacher(tmp_path / "teacher", build_index(load_recipe(recipe, ["data.plan.episode_size=8"]).data))
+    index = build_index(load_recipe(recipe, ["data.plan.episode_size=8"]).data)
+    teacher = open_teacher(tmp_path / "teacher", index)
     assert teacher.rows(np.arange(14)).std(axis=0).min() > 0.01
     assert tool.main([*arguments, "--dim", "7"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: --out") and error.count("\n") == 1
-    assert tool.main(["--recipe", str(tmp_path / "none.yaml"), "--model", "minilm", "--out", "x"]) == 1
-    assert tool.main([*arguments[:4], "--model", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
-    assert "transformers cannot load it" in capsys.readouterr().err
+    assert tool.main(["--recipe", recipe, "--set", "data.plan.episode_size=8", "--from-npy", str(tmp_path / "six.npy"), "--out", str(tmp_path / "back")]) == 0
+    assert np.array_equal(open_teacher(tmp_path / "back", index).rows(np.arange(14)), teacher.rows(np.arange(14)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "minilm", "--caption", "random"], "--caption random: a teacher has one feature for each row"),
+        (["--model", "."], "transformers cannot load it"),
+        (["--model", "minilm", "--dim", "385"], "--dim 385 is more than the 384 features of minilm"),
+        (["--model", "minilm", "--dim", "14"], "--dim 14 needs more than 14 rows"),
+        (["--model", "minilm", "--dim", "-1"], "--dim -1"),
+        (["--image-model", "nothing_such"], "--image-model nothing_such is neither a timm model nor a folder"),
+        (["--image-model", "efficientnet_lite0", "--tokens", "5"], "--tokens has no effect with --image-model; remove it"),
+        (["--from-npy", "none.npy"], "--from-npy none.npy: it cannot be read"),
+        (["--from-npy", "none.npy", "--dim", "8"], "--dim has no effect with --from-npy; remove it"),
+        (["--weights", "w.safetensors"], "--weights has no effect with --model; remove it"),
+        (["--model", "minilm", "--expect-ranks", "2"], "--expect-ranks 2, but 1 ranks run"),
+        (["--model", "minilm", "--set", "data.sources=[{files: none.parquet}]"], "no files match"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, recipe, capsys, arguments, message):
+    assert tool.main(["--recipe", recipe, "--set", "data.plan.episode_size=8", *arguments, "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()

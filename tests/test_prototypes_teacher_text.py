@@ -6,9 +6,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel
 
+from protoclip_scale.data.index import open_readers
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.teacher_encoders import TextEncoder
-from tests.teachers import minilm_folder, slow_embedding
+from protoclip_scale.prototypes.teacher_extraction import extract_teacher
+from protoclip_scale.recipe.load import load_recipe
+from tests.support import RECIPES
+from tests.teachers import folder_bytes, minilm_folder, slow_embedding
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,17 @@ def test_the_published_variant_averages_padding_too(minilm):
     np.testing.assert_allclose(reference.captions(captions), twin, atol=1e-5)
     assert ids[1, -1] != reference._tokenizer.sep_token_id, "a long caption loses its end"
     assert np.abs(reference.captions(captions)[0] - minilm.captions(captions)[0]).max() > 0.01
+
+
+def test_the_shipped_store_is_the_one_the_documented_command_makes(minilm):
+    """It is found finished: model, weights, pooling, captions, data and width are those it says."""
+    shipped = RECIPES / "demo_corpus_teacher"
+    before = folder_bytes(shipped)
+    readers = open_readers(load_recipe(RECIPES / "demo.yaml").data)
+    assert extract_teacher(readers, minilm, shipped, report=pytest.fail).num_rows == 4949
+    assert folder_bytes(shipped) == before
+    with pytest.raises(UserError, match="holds features of another teacher"):
+        extract_teacher(readers, minilm, shipped, dim=32)
 
 
 def test_captions_are_chosen_as_said_and_missing_ones_left_out(minilm):

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
 def extract_features(options: argparse.Namespace, data, readers, device):
     import torch
 
+    from protoclip_scale import collectives
     from protoclip_scale.data.decode import Limits
     from protoclip_scale.engine.faults import event
     from protoclip_scale.engine.run import default_threads
@@ -87,10 +88,13 @@ def extract_features(options: argparse.Namespace, data, readers, device):
     from protoclip_scale.prototypes.teacher_images import ImageEncoder
 
     torch.set_num_threads(default_threads())  # launchers set one
+    model = options.image_model or options.model or "roberta-large"
+    if collectives.rank() == 0:
+        print(f"loading {model}", flush=True)
     if options.image_model:
-        encoder = ImageEncoder(options.image_model, options.weights, Limits(data.max_pixels, data.max_bytes), device)
+        encoder = ImageEncoder(model, options.weights, Limits(data.max_pixels, data.max_bytes), device)
     else:
-        encoder = TextEncoder(options.model or "roberta-large", options.caption, options.tokens, options.variant, device)
+        encoder = TextEncoder(model, options.caption, options.tokens, options.variant, device)
     return extract_teacher(
         readers,
         encoder,
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
-            time.sleep(1)  # most errors all processes meet at once: rank 0 tells first
+            time.sleep(2)  # most errors all processes meet at once: then rank 0 has told, and the launcher ends this one
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 1
     return 0

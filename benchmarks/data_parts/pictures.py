@@ -13,7 +13,7 @@ from PIL import Image
 from protoclip_scale.data.headers import read_header
 from protoclip_scale.errors import UserError
 
-WORDS = "a photo of the red small old house near river with two people and their dog in front bridge at night market street view from hill".split()
+WORDS = ["a", "photo", "of", "the", "red", "small", "old", "house", "near", "river", "with", "two", "people", "and", "their", "dog", "in", "front", "bridge", "at", "night", "market", "street", "view", "from", "hill"]
 
 
 class Pictures(NamedTuple):

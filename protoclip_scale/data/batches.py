@@ -33,7 +33,7 @@ class Batch:
     """A rank's part of a global batch, B = per_lane x own lanes rows, lane after lane."""
 
     step: int
-    images: torch.Tensor  # uint8 [B, 3, S, S]
+    images: torch.Tensor  # uint8 [B, 3, S, S], channels last in memory
     token_ids: torch.Tensor  # int64 [B, C]
     token_lengths: torch.Tensor  # int64 [B], the end token stands at length - 1
     positions: torch.Tensor  # int64 [B], place in the episode: lane x lane_rows + slot
@@ -99,7 +99,8 @@ class EpisodeBatches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         slots = self.episode_plan.slots(step)
         num_rows = len(self.lanes) * len(slots)
-        images = {name: torch.empty((num_rows, 3, self.image_size, self.image_size), dtype=torch.uint8) for name in self.viewer.images}
+        shape = num_rows, 3, self.image_size, self.image_size
+        images = {name: torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for name in self.viewer.images}
         texts: dict[str, list[str]] = {name: [] for name in self.viewer.texts}
         visits, extra, replaced = [], [], []
         for lane in self.lanes:

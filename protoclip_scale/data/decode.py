@@ -11,6 +11,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +44,11 @@ def extension_decoders() -> dict[str, Decoder] | None:
 
 
 def public_decoders() -> dict[str, Decoder]:
-    """The same by torchvision's public functions."""
+    """The same by torchvision's public functions, those that it has: 0.29 announces that they will go. Without one, PIL decodes."""
     from torchvision import io
 
-    return {
-        "jpeg": lambda encoded: io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB),
-        "webp": lambda encoded: io.decode_webp(encoded, mode=io.ImageReadMode.RGB),
-    }
+    functions = {"jpeg": getattr(io, "decode_jpeg", None), "webp": getattr(io, "decode_webp", None)}
+    return {kind: partial(function, mode=io.ImageReadMode.RGB) for kind, function in functions.items() if function}
 
 
 TORCHVISION_DECODERS = extension_decoders() or public_decoders()
@@ -78,9 +77,10 @@ def decode_image(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # noq
     header = read_header(data)
     if header is not None:
         _check_pixels(header.width, header.height, limits)
-        if header.plain:
+        decoder = TORCHVISION_DECODERS.get(header.kind)
+        if header.plain and decoder:
             try:
-                return TORCHVISION_DECODERS[header.kind](torch.frombuffer(bytearray(data), dtype=torch.uint8))
+                return decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             except RuntimeError:
                 pass  # the reference decides what is wrong with it
     return decode_with_pil(data, limits)

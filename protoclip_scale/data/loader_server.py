@@ -7,7 +7,7 @@ import multiprocessing
 import multiprocessing.forkserver
 
 ALWAYS = ("__main__", "protoclip_scale.data.batches")
-ENCODER_TOKENIZER = ("transformers",)
+CLIP_TOKENIZER, ENCODER_TOKENIZER = ("protoclip_scale.data.clip_bpe",), ("transformers",)
 
 
 def context(modules: tuple[str, ...] = ()) -> multiprocessing.context.ForkServerContext:
@@ -19,5 +19,5 @@ def context(modules: tuple[str, ...] = ()) -> multiprocessing.context.ForkServer
 
 def start(text_tower: str | None) -> None:
     """Start the server ahead of its first use; its imports then run beside this process's own."""
-    context(() if text_tower in (None, "clip") else ENCODER_TOKENIZER)
+    context(CLIP_TOKENIZER if text_tower in (None, "clip") else ENCODER_TOKENIZER)
     multiprocessing.forkserver.ensure_running()

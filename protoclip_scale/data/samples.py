@@ -64,4 +64,5 @@ def _rows_of_source(reader: BlockReader, wanted: int, source: int, seed: int) ->
 def read_sample(readers: Sequence[BlockReader], samples: Sequence[BlockSample], images: bool = True) -> Iterator[tuple[BlockSample, pa.Table]]:
     """Each block's sample with its rows as a table, as ``BlockReader.read`` returns them. Reads whole blocks, one at a time."""
     for sample in samples:
-        yield sample, readers[sample.source].read(sample.block, images).take(sample.rows)
+        wanted = images and frozenset(sample.rows.tolist())
+        yield sample, readers[sample.source].read(sample.block, wanted).take(sample.rows)

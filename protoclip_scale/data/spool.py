@@ -145,11 +145,13 @@ class Spool:
                     pa.ipc.new_file(file, columns.with_metadata(self._metadata(episode_plan, lane))) as writer,
                 ):
                     for source, block, rows, row_ids in pieces[lane]:
-                        if held is None or held[0] != (source, block):
-                            held = (source, block), readers[source].read(block)
-                        for first in range(0, len(rows), ROWS_PER_BATCH):
-                            some = slice(first, first + ROWS_PER_BATCH)
-                            taken = held[1].take(pa.array(rows[some])).append_column("row_id", pa.array(row_ids[some]))
+                        reader, at_once = readers[source], readers[source].rows_at_once(block)
+                        if at_once is None and (held is None or held[0] != (source, block)):
+                            held = (source, block), reader.read(block)
+                        for first in range(0, len(rows), at_once or ROWS_PER_BATCH):
+                            some = slice(first, first + (at_once or ROWS_PER_BATCH))
+                            table = held[1] if at_once is None else reader.read(block, images=frozenset(rows[some].tolist()))
+                            taken = table.take(pa.array(rows[some])).append_column("row_id", pa.array(row_ids[some]))
                             writer.write_table(_in_order(taken.combine_chunks(), columns), max_chunksize=ROWS_PER_BATCH)
                         done += 1
                         on_block(done, total)

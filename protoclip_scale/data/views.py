@@ -13,7 +13,7 @@ from protoclip_scale.data.captions import choose_caption
 from protoclip_scale.data.decode import Limits, decode_image
 from protoclip_scale.data.masking import mask_tokens
 from protoclip_scale.data.randomness import generator
-from protoclip_scale.data.text_augmentation import text_augmentation
+from protoclip_scale.data.text_augmentation import text_augmentation, unchanged
 from protoclip_scale.data.tokenizers import Tokens
 from protoclip_scale.data.transforms import augment
 from protoclip_scale.recipe import schema
@@ -61,21 +61,24 @@ class Viewer:
         self.size = size
         self.seed = seed
         self.images = {MAIN: augmentation, **views.images}
-        self.texts = {MAIN: text, **views.texts}
+        # The functions, not their names: what they need is missed here, not in a loader process, and read once.
+        self.texts = {name: text_augmentation(how) for name, how in {MAIN: text, **views.texts}.items()}
         self.masked = views.masked
         self.limits = Limits(data.max_pixels, data.max_bytes)
-        for name in self.texts.values():
-            text_augmentation(name)  # what it needs is missed here, not in a loader process
 
     def caption(self, captions: list[str], visit: Visit) -> str:
         """The one of a row's captions that this visit uses; '' if it has none. The same for every view and for extraction."""
-        return choose_caption(captions, self.data.caption, generator(self.seed, "caption", *visit, 0))
+        draws = self.data.caption == "random"  # a generator costs as much as the choice
+        return choose_caption(captions, self.data.caption, generator(self.seed, "caption", *visit, 0) if draws else None)
 
     def load(self, encoded: bytes, caption: str, visit: Visit) -> RowViews:
         """All views of a row. Raises BadImage."""
         image = decode_image(encoded, self.limits)
         images = {name: augment(how)(image, self.size, self._generator("augmentation", name, visit)) for name, how in self.images.items()}
-        texts = {name: text_augmentation(how)(caption, self._generator("text augmentation", name, visit)) for name, how in self.texts.items()}
+        texts = {
+            name: caption if edit is unchanged else edit(caption, self._generator("text augmentation", name, visit))
+            for name, edit in self.texts.items()
+        }
         return RowViews(images, texts)
 
     def mask(self, tokens: Tokens, tokenizer, visits: list[Visit]) -> dict[str, MaskedTokens]:

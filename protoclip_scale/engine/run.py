@@ -82,7 +82,7 @@ def _resumed_at(start: Start) -> Cursor:
 
 def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
     readers = collectives.from_rank_zero(lambda: open_readers(recipe.data))
-    collectives.from_rank_zero(lambda: check_sources(folder, readers))
+    collectives.from_rank_zero(lambda: check_sources(folder, readers, recipe.data.text_augmentation))
     index = index_of(readers)
     plan = Plan(index, recipe.data.plan)
     if start.manifest and start.manifest["plan"] != plan.fingerprint:

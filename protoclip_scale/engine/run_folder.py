@@ -10,6 +10,7 @@ from typing import Any
 
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.sources.fingerprint import describe, difference
+from protoclip_scale.data.wordnet import open_wordnet
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json, publish_text
@@ -82,18 +83,21 @@ def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
     return Start(run_id, attempt, found, manifest, tuple(warnings))
 
 
-def check_sources(folder: Path, readers: list[BlockReader]) -> None:
+def check_sources(folder: Path, readers: list[BlockReader], text_augmentation: str) -> None:
     """Keep what the run's data is made of in ``sources.json``, or compare it with what was kept; for rank 0.
 
     Raises:
         UserError: the data is not what the run began with, naming what changed.
     """
     path = folder / "sources.json"
-    now = [describe(reader) for reader in readers]
+    now = {"sources": [describe(reader) for reader in readers], "wordnet": open_wordnet().digest if text_augmentation == "eda" else None}
     if not path.exists():
         publish_json(path, now)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [difference(*pair) for pair in zip(before, now, strict=True) if pair[0]["fingerprint"] != pair[1]["fingerprint"]]
+    pairs = zip(before["sources"], now["sources"], strict=True)
+    changed = [f"{new['name']}: {difference(old, new)}" for old, new in pairs if old["fingerprint"] != new["fingerprint"]]
+    if before["wordnet"] != now["wordnet"]:
+        changed.append(f"WordNet is another one, which gives other texts (digest {before['wordnet']}, now {now['wordnet']})")
     if changed:
         raise UserError(f"{folder}: the data changed since this run began: {'; '.join(changed)}; restore it, or choose another --run-dir")

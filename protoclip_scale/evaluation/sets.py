@@ -78,7 +78,10 @@ def _open(settings: EvaluationSet, label_columns: list[str], root: str, retry_se
     except ValidationError as error:
         reason = str(error.errors()[0]["msg"]).removeprefix("Value error, data.sources ").removeprefix(f"{settings.name}: ")
         raise UserError(f"evaluation set {settings.name} (classify or exclude): {reason}") from error
-    return BlockReader(source, root, retry_seconds)
+    try:
+        return BlockReader(source, root, retry_seconds)
+    except UserError as error:
+        raise UserError(str(error).replace("columns.extra of source", "classify or exclude of evaluation set")) from error
 
 
 @functools.lru_cache(maxsize=64)

@@ -48,21 +48,30 @@ class InputRows:
         return sum(float(reader.block_bytes.sum()) for reader in self.readers) / max(1, int(self._starts[-1]))
 
     def rows(self, numbers: range) -> Iterator[InputRow]:
-        """Rows with these numbers, in order. Memory: the one block they lie in. A missing image is None."""
+        """Rows with these numbers, in order. Memory: the one block they lie in, or some of its images if these are files. A missing image is None."""
         at = numbers.start
         while at < numbers.stop:
             block = self._block_of(at)
-            if self._held is None or self._held[0] != block:
-                self._held = None  # two blocks at once would double the peak
-                source, number = self._blocks[block]
-                self._held = block, self.readers[source].read(number)
             first = at - int(self._starts[block])
             last = min(numbers.stop, int(self._starts[block + 1])) - int(self._starts[block])
-            for start in range(first, last, ROWS_AT_ONCE):
-                for row in self._held[1].slice(start, min(ROWS_AT_ONCE, last - start)).to_pylist():
+            source, number = self._blocks[block]
+            at_once = self.readers[source].rows_at_once(number)
+            for start in range(first, last, at_once or ROWS_AT_ONCE):
+                some = range(start, min(start + (at_once or ROWS_AT_ONCE), last))
+                for row in self._table(block, some if at_once else None).slice(some.start, len(some)).to_pylist():
                     image, captions = row.pop("image"), row.pop("captions") or []
                     yield InputRow(at, self.key(at), image, captions, row)
                     at += 1
+
+    def _table(self, block: int, rows: range | None) -> pa.Table:
+        """A block with the images of some rows, or, where they lie in the block itself, as a whole."""
+        source, number = self._blocks[block]
+        if rows is not None:
+            return self.readers[source].read(number, images=frozenset(rows))
+        if self._held is None or self._held[0] != block:
+            self._held = None  # two blocks at once would double the peak
+            self._held = block, self.readers[source].read(number)
+        return self._held[1]
 
     def key(self, number: int) -> str:
         """Where a row comes from: its file, without the folder that all share, and its place there counted from 0."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import torch
@@ -116,7 +117,7 @@ def _load(model: str) -> tuple[Any, torch.nn.Module, set[str]]:
     """(tokenizer, encoder in fp32, names of weights that do not matter and are not in its files: a pooler that a language model lacks)."""
     place = _packaged_minilm() if model == MINILM else model
     try:
-        with _quiet():
+        with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(place)
             encoder, loading = transformers.AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a hub that cannot be reached raises OSError, a damaged file nearly anything
@@ -132,17 +133,21 @@ def _load(model: str) -> tuple[Any, torch.nn.Module, set[str]]:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """transformers draws a bar for the weights and prints tables of those it did not find, for every process."""
-    level, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def quiet():
+    """Errors reach the user as one line of ours: the hub's library warns at each of its own retries, transformers prints tables of missing weights and
+    draws a bar in every process."""
+    transformers_log, hub_log = transformers.utils.logging, huggingface_hub.utils.logging
+    levels, bars = (transformers_log.get_verbosity(), hub_log.get_verbosity()), transformers_log.is_progress_bar_enabled()
+    transformers_log.set_verbosity_error()
+    hub_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.utils.logging.set_verbosity(level)
+        transformers_log.set_verbosity(levels[0])
+        hub_log.set_verbosity(levels[1])
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            transformers_log.enable_progress_bar()
 
 
 def _packaged_minilm() -> str:

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 from protoclip_scale.data.decode import BadImage, Limits, decode_image
 from protoclip_scale.data.transforms import center_crop, eval_transform, normalize
 from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes.teacher_encoders import Encoder, one_line, weights_hash
+from protoclip_scale.prototypes.teacher_encoders import Encoder, one_line, quiet, weights_hash
 from protoclip_scale.recipe import schema
 
 BATCH = 64
@@ -105,7 +105,8 @@ def _build(model: str, weights: str | None) -> torch.nn.Module:
     elif not Path(model).is_dir() and ":" not in model and not timm.is_model(model.partition(".")[0]):
         raise UserError(f"--image-model {model} is neither a timm model nor a folder; timm.list_models(pretrained=True) lists the models")
     try:
-        return timm.create_model(name, pretrained=True, **options)
+        with quiet():
+            return timm.create_model(name, pretrained=True, **options)
     except Exception as error:
         raise UserError(
             f"--image-model {model}: timm cannot load it with {weights or 'its weights'} ({one_line(error)}); check the files or the way to the hub, "

@@ -52,14 +52,19 @@ class Progress:
         world = collectives.world_size()
         self._what, self._total, self._report = what + (f" (process 1 of {world})" if world > 1 else ""), total, report
         self._begun = self._told = time.monotonic()
-        self._done = 0
+        self._done = self._found = 0
+
+    def skip(self, rows: int) -> None:
+        """Rows that an earlier attempt has done."""
+        self._found += rows
+        self._done += rows
 
     def advance(self, rows: int) -> None:
         self._done += rows
         now = time.monotonic()
         if now - self._told >= REPORT_SECONDS:
             self._told = now
-            speed = self._done / (now - self._begun)
+            speed = (self._done - self._found) / (now - self._begun)
             left = duration((self._total - self._done) / speed)
             self._report(f"{self._what}: {count(self._done)} of {count(self._total)} rows, {speed:,.1f} rows/s, {left} left")
 
@@ -84,11 +89,13 @@ def write_groups(
                     written = writer.written
                     for unit in work.units_of(group):
                         rows = work.rows_in_group(unit)
-                        if not written[rows].all():
-                            block = (int(work.source[unit]), int(work.block[unit]))
-                            writer.write(rows, {column: features(unit, lambda block=block: blocks.read(*block))})
-                            writer.flush()
-                            event("teacher.unit")
+                        if written[rows].all():
+                            progress.skip(rows.stop - rows.start)
+                            continue
+                        block = (int(work.source[unit]), int(work.block[unit]))
+                        writer.write(rows, {column: features(unit, lambda block=block: blocks.read(*block))})
+                        writer.flush()
+                        event("teacher.unit")
                         progress.advance(rows.stop - rows.start)
         collectives.barrier()
         collectives.from_rank_zero(lambda: bool(store.seal()))

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip_scale.data.sources.formats import CAPTIONS, Place, SourceLimits
+from protoclip_scale.data.sources.formats import CAPTIONS, Images, Place, SourceLimits
 from protoclip_scale.data.sources.image_files import ImageRoot
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
@@ -103,11 +103,12 @@ def assemble(
     captions: Sequence[Sequence[str]] | pa.Array | pa.ChunkedArray,
     extras: dict[str, pa.Array | pa.ChunkedArray],
     root: ImageRoot,
-    images: bool,
+    images: Images,
     limits: SourceLimits,
 ) -> pa.Table:
-    """The table that ``Format.read`` returns, of rows whose images are files; they are read only with ``images``."""
-    columns: dict[str, Any] = {"image": root.read_images(names, limits.max_bytes)} if images else {}
+    """The table that ``Format.read`` returns, of rows whose images are files; they are read only with ``images``, and only those of the rows that it names."""
+    wanted = names if isinstance(images, bool) else [name if row in images else None for row, name in enumerate(names)]
+    columns: dict[str, Any] = {"image": root.read_images(wanted, limits.max_bytes)} if images else {}
     columns["captions"] = captions if isinstance(captions, (pa.Array, pa.ChunkedArray)) else _array(captions, CAPTIONS)
     return pa.table(columns | {name: extras[name] for name in source.columns.extra})
 

@@ -97,3 +97,9 @@ def shown(url: str) -> str:
     if "@" in parts.netloc and parts.scheme in ("http", "https", "ftp", "sftp"):
         return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     return without_query(url)
+
+
+def shown_pattern(pattern: str, root: str) -> str:
+    """A pattern as messages show it."""
+    full = join(root, pattern)
+    return shown(pattern) if is_url(pattern) or without_query(full) == full else pattern.partition("?")[0]

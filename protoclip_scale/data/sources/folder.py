@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from protoclip_scale.data.sources.cells import assemble, check_names
 from protoclip_scale.data.sources.columns import captions_column, extra_column, is_caption, is_text
 from protoclip_scale.data.sources.filesystems import without_query
-from protoclip_scale.data.sources.formats import BLOCK_LINES, FileScan, Place, SourceLimits, register
+from protoclip_scale.data.sources.formats import BLOCK_LINES, FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.data.sources.image_files import IMAGE_SUFFIXES, ImageRoot, refuse_urls, within
 from protoclip_scale.data.sources.json_tables import JsonLines, JsonTable
 from protoclip_scale.data.sources.ranges import is_local, open_forward
@@ -64,7 +64,7 @@ class ParquetMetadata:
                 raise UserError(f"column {name!r} of {place.url} is {kind}; it must hold a string or a list of strings")
 
     def read_rows(
-        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits, root: ImageRoot
+        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits, root: ImageRoot
     ) -> pa.Table:
         """Decodes the used columns of the row group that holds the block: with row groups of a million rows, about a second a block."""
         first, used = scan.offsets[block], (source.columns.image, *source.columns.captions, *source.columns.extra)
@@ -118,6 +118,7 @@ class Folder:
 
     suffixes = ()
     block_noun = "block of files"
+    images_apart = True
     cacheable = False  # the time of a folder does not change with the files in the folders in it
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
@@ -163,7 +164,7 @@ class Folder:
         else:
             check_names(scan.columns.names, place, source, f": a folder without {', '.join(METADATA)} has no others")
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """1,000 files read in parallel, or 2,000 with texts."""
         root = ImageRoot(place.filesystem, place.path, confined=True)
         if scan.offsets:

@@ -12,8 +12,12 @@ import pyarrow as pa
 from protoclip_scale.recipe import schema
 
 BLOCK_LINES = 1000  # rows of a block where the layout has no blocks of its own: tables, JSON, folders
+ROWS_AT_ONCE, BYTES_AT_ONCE = 256, 64_000_000  # how much is held of images that are files of their own
 CAPTIONS = pa.list_(pa.string())  # type of the column `captions` that every read returns
 IMAGE = pa.large_binary()  # type of the column `image`
+
+
+Images = bool | frozenset[int]  # of all rows, of none, or of these rows of the block
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Format(Protocol):
 
     suffixes: tuple[str, ...]  # of the files taken when a pattern names a folder; empty if a place is itself a folder
     block_noun: str  # what messages call a block: 'row group', 'shard', 'lines'
+    images_apart: bool  # images are files of their own: ``read`` opens only those of the rows that ``images`` names
     cacheable: bool  # whether size and time of a place tell that its scan still holds
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
@@ -62,8 +67,9 @@ class Format(Protocol):
     def check(self, scan: FileScan, place: Place, source: schema.Source) -> None:
         """UserError if a column is missing or unusable, naming those that are there."""
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
-        """One block: ``image`` large_binary (left out without ``images``; null or empty where the file of an image is missing), ``captions``
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
+        """One block: ``image`` large_binary (left out without ``images``; null or empty where the file of an image is missing or, with ``images_apart``,
+        not wanted), ``captions``
         list<string> (all caption columns in one list, nulls left out), then each of ``source.columns.extra`` under its own name. The file's row order,
         ``scan.rows[block]`` rows."""
 

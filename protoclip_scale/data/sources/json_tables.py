@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from protoclip_scale.data.sources.cells import assemble, check_names, is_plain, name_of, typed, value_type
-from protoclip_scale.data.sources.formats import BLOCK_LINES, CAPTIONS, FileScan, Place, SourceLimits, register
+from protoclip_scale.data.sources.formats import BLOCK_LINES, CAPTIONS, FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.data.sources.image_files import ImageRoot, image_root, refuse_urls
 from protoclip_scale.data.sources.lines import CHUNK_BYTES, UTF8_MARK, check_text, hashed_lines, not_utf8
 from protoclip_scale.data.sources.ranges import open_forward, read_range
@@ -195,6 +195,7 @@ class JsonTable:
     are, null if all are. Columns that are not used have the type null."""
 
     block_noun = "block of objects"
+    images_apart = True
     cacheable = True
 
     def __init__(self, suffix: str, layout: JsonLines | JsonArray):
@@ -236,12 +237,12 @@ class JsonTable:
         """All used columns are there, at least in one row."""
         check_names(scan.columns.names, place, source)
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One request for the text, and one for each image."""
         return self.read_rows(place, scan, block, source, images, limits, image_root(place, source))
 
     def read_rows(
-        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits, root: ImageRoot
+        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits, root: ImageRoot
     ) -> pa.Table:
         """``read`` with images from another place."""
         start, end = scan.offsets[block : block + 2]

@@ -23,6 +23,7 @@ from protoclip_scale.data.sources.filesystems import (
     open_filesystem,
     protocol_of,
     shown,
+    shown_pattern,
     without_query,
 )
 from protoclip_scale.data.sources.formats import Place
@@ -72,7 +73,7 @@ def list_places(patterns: tuple[str, ...], root: str, suffixes: tuple[str, ...],
     found: dict[str, Place] = {}
     for pattern in patterns:
         for written_out in _without_braces(pattern, root):
-            for place in _match(written_out, pattern, root, suffixes, retry):
+            for place in _match(written_out, shown_pattern(pattern, root), root, suffixes, retry):
                 found.setdefault(full_url(place), place)
     places = _with_sizes(list(found.values()), retry) if suffixes else list(found.values())
     return sorted(places, key=lambda place: (place.relative, place.url))
@@ -112,14 +113,22 @@ def _matches(filesystem: fsspec.AbstractFileSystem, path: str, literal: bool, su
     """fsspec's facts about the files (without suffixes: the folders) that a path or glob names."""
     wanted = "file" if suffixes else "directory"
     if not literal:
-        return [entry for entry in filesystem.glob(path, detail=True).values() if entry["type"] == wanted]
+        return [entry for entry in map(_followed, filesystem.glob(path, detail=True).values()) if entry["type"] == wanted]
     try:
-        entry = filesystem.info(path)
+        entry = _followed(filesystem.info(path))
     except FileNotFoundError:
         return []
     if entry["type"] == "directory" and suffixes:
-        return [inside for inside in filesystem.ls(path, detail=True) if inside["type"] == "file" and inside["name"].endswith(suffixes)]
+        entries = map(_followed, filesystem.ls(path, detail=True))
+        return [inside for inside in entries if inside["type"] == "file" and inside["name"].endswith(suffixes)]
     return [entry] if entry["type"] == wanted else []
+
+
+def _followed(entry: dict[str, Any]) -> dict[str, Any]:
+    """A local link as what it leads to; fsspec tells a link's own type and time."""
+    if not entry.get("islink") or not os.path.exists(entry["name"]):
+        return entry
+    return entry | {"type": "directory" if os.path.isdir(entry["name"]) else "file"}
 
 
 def _matches_over_http(filesystem: fsspec.AbstractFileSystem, url: str, suffixes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -135,7 +144,7 @@ def _matches_over_http(filesystem: fsspec.AbstractFileSystem, url: str, suffixes
 def _place(filesystem: fsspec.AbstractFileSystem, entry: dict[str, Any], root: str) -> Place:
     path = str(entry["name"])
     full = full_url_of(filesystem, path)
-    if not is_url(full):  # fsspec tells a link's own time
+    if not is_url(full):
         about = os.stat(path)
         entry = {"size": about.st_size if entry["type"] == "file" else None, "mtime": about.st_mtime_ns}
     prefix = _prefix(root if is_url(root) else os.path.abspath(root))

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 
 from protoclip_scale.data.sources import streaming
 from protoclip_scale.data.sources.columns import captions_column, extra_column, image_column, is_caption, is_image
-from protoclip_scale.data.sources.formats import FileScan, Place, SourceLimits, register
+from protoclip_scale.data.sources.formats import FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 
 TAIL = 1 << 16  # bytes read from the end of a file at once; footers of shards with some hundred row groups fit
-OPENED = 256  # opened files that are kept: lanes jump between the files of an episode
+OPENED = 1024  # opened files that are kept, 25 kB each: lanes jump between the files of an episode
 
 
 class Parquet:
@@ -22,6 +22,7 @@ class Parquet:
 
     suffixes = (".parquet",)
     block_noun = "row group"
+    images_apart = False
     cacheable = True
 
     def __init__(self):
@@ -64,7 +65,7 @@ class Parquet:
             if not is_caption(kind):
                 raise UserError(f"column {name!r} of {place.url} is {kind}; it must hold a string or a list of strings")
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One row group through a one-shard streaming dataset; the image column is not read without ``images``. Local: 2 ms beside its bytes, 4 more
         for the first block of a file. Remote: the size, the footer, and one request for each 32 MB of neighbouring columns; the first block of a file
         asks for size and footer twice."""

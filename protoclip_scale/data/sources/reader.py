@@ -10,8 +10,18 @@ import pyarrow as pa
 from protoclip_scale.data.sources import fingerprint, hub, scans
 from protoclip_scale.data.sources.cells import merged_type
 from protoclip_scale.data.sources.columns import extra_type
-from protoclip_scale.data.sources.filesystems import full_url, is_remote, join, open_filesystem, shown
-from protoclip_scale.data.sources.formats import CAPTIONS, FORMATS, IMAGE, FileScan, Place, SourceLimits
+from protoclip_scale.data.sources.filesystems import full_url, is_remote, join, open_filesystem, shown, shown_pattern
+from protoclip_scale.data.sources.formats import (
+    BYTES_AT_ONCE,
+    CAPTIONS,
+    FORMATS,
+    IMAGE,
+    ROWS_AT_ONCE,
+    FileScan,
+    Images,
+    Place,
+    SourceLimits,
+)
 from protoclip_scale.data.sources.listing import in_threads, list_places
 from protoclip_scale.data.sources.retry import retry
 from protoclip_scale.errors import UserError
@@ -37,7 +47,7 @@ class BlockReader:
         self.root = root
         self.retry_seconds = retry_seconds
         self.limits = limits
-        self.name = source.name or source.hub or ", ".join(map(shown, source.patterns))
+        self.name = source.name or source.hub or ", ".join(shown_pattern(pattern, root) for pattern in source.patterns)
         patterns, self.layout, self.commit = source.patterns, source.format, None
         if source.hub is not None:
             patterns, root, self.layout, self.commit = hub.resolve(source, self._retry)
@@ -83,9 +93,17 @@ class BlockReader:
         file, number = self._find(block)
         return self.places[file].url, number
 
-    def read(self, block: int, images: bool = True) -> pa.Table:
-        """One block: ``image`` large_binary (missing without ``images``, and then not read either), ``captions`` list<string>, and the extra columns,
-        in the file's row order. Costs what the format's ``read`` says."""
+    def rows_at_once(self, block: int) -> int | None:
+        """How many rows of a block to ask for at once, so that no more than some 64 MB of images are held; None where images lie in the block itself,
+        which is then read as a whole."""
+        if not FORMATS[self.layout].images_apart:
+            return None
+        size = int(self.block_bytes[block]) // max(1, int(self.block_rows[block]))
+        return max(8, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, size)))
+
+    def read(self, block: int, images: Images = True) -> pa.Table:
+        """One block: ``image`` large_binary (missing without ``images``, and then not read either; null in rows that ``images`` does not name, if they are
+        files of their own), ``captions`` list<string>, and the extra columns, in the file's row order. Costs what the format's ``read`` says."""
         file, number = self._find(block)
         place, layout = self.places[file], FORMATS[self.layout]
         table = self._retry(

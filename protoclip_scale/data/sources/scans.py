@@ -21,7 +21,14 @@ VERSION = 1  # raised when a scan of the same file would say something else
 SETTLED_SECONDS = 2.0  # a file younger than this may be written once more without a change of its time
 NUMBERS = pa.list_(pa.int64())
 FIELDS = pa.schema(
-    [("rows", NUMBERS), ("bytes", NUMBERS), ("columns", pa.dictionary(pa.int32(), pa.binary())), ("digest", pa.string()), ("offsets", NUMBERS), ("names", pa.list_(pa.string()))]
+    {
+        "rows": NUMBERS,
+        "bytes": NUMBERS,
+        "columns": pa.dictionary(pa.int32(), pa.binary()),
+        "digest": pa.string(),
+        "offsets": NUMBERS,
+        "names": pa.list_(pa.string()),
+    }
 )
 Key = tuple[str, int | None, str]  # url, size, stamp
 
@@ -29,21 +36,20 @@ Key = tuple[str, int | None, str]  # url, size, stamp
 def pack(scans: Iterable[FileScan]) -> pa.Table:
     """One row per scan. 1,540 files of 10 blocks: 60 kB when written compressed."""
     scans = list(scans)
-    columns = [pa.array([getattr(scan, field.name) for scan in scans], type=field.type) for field in FIELDS if field.name in ("rows", "bytes", "digest", "offsets")]
-    by_name = dict(zip(("rows", "bytes", "digest", "offsets"), columns, strict=True))
-    known: dict[pa.Schema, bytes] = {}
+    serialized: dict[pa.Schema, bytes] = {}
     for scan in scans:
-        if scan.columns not in known:
-            known[scan.columns] = scan.columns.serialize().to_pybytes()
-    by_name["columns"] = pa.array([known[scan.columns] for scan in scans], type=pa.binary()).dictionary_encode()
-    by_name["names"] = pa.array([None if scan.names is None else scan.names.to_pylist() for scan in scans], type=pa.list_(pa.string()))
-    return pa.table([by_name[field.name] for field in FIELDS], schema=FIELDS)
+        if scan.columns not in serialized:
+            serialized[scan.columns] = scan.columns.serialize().to_pybytes()
+    values = {name: [getattr(scan, name) for scan in scans] for name in ("rows", "bytes", "digest", "offsets")}
+    values["names"] = [None if scan.names is None else scan.names.to_pylist() for scan in scans]
+    columns = {name: pa.array(cells, type=FIELDS.field(name).type) for name, cells in values.items()}
+    columns["columns"] = pa.array([serialized[scan.columns] for scan in scans], type=pa.binary()).dictionary_encode()
+    return pa.table([columns[name] for name in FIELDS.names], schema=FIELDS)
 
 
 def unpack(table: pa.Table) -> list[FileScan]:
     """The scans of a table that ``pack`` made; equal schemas are one object."""
-    encoded = table.column("columns").combine_chunks()
-    encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) else encoded
+    encoded = pa.concat_arrays(table.column("columns").unify_dictionaries().chunks)
     schemas = [pa.ipc.read_schema(pa.py_buffer(serialized)) for serialized in encoded.dictionary.to_pylist()]
     plain = {name: table.column(name).to_pylist() for name in ("rows", "bytes", "digest", "offsets")}
     names = [cell.values if cell.is_valid else None for cell in table.column("names")]
@@ -73,7 +79,7 @@ class ScanCache:
     def __init__(self, source: schema.Source, root: str, limits: SourceLimits):
         settings = source.model_dump(exclude={"name", "weight", "rows"}, mode="json")
         identity = json.dumps([VERSION, settings, root, limits.max_bytes, limits.max_members], sort_keys=True)
-        folder = os.environ.get("PROTOCLIP_CACHE") or Path.home() / ".cache" / "protoclip_scale"
+        folder = os.environ.get("PROTOCLIP_CACHE") or os.path.expanduser("~/.cache/protoclip_scale")
         self.path = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
 
     def load(self) -> dict[Key, FileScan]:

@@ -17,7 +17,7 @@ from itertools import islice
 import pyarrow as pa
 
 from protoclip_scale.data.sources.cells import assemble, check_names, text_cells, text_type
-from protoclip_scale.data.sources.formats import BLOCK_LINES, FileScan, Place, SourceLimits, register
+from protoclip_scale.data.sources.formats import BLOCK_LINES, FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.data.sources.image_files import ImageRoot, image_root, refuse_urls
 from protoclip_scale.data.sources.lines import UTF8_MARK, hashed_lines, not_utf8
 from protoclip_scale.data.sources.ranges import open_forward, read_range
@@ -123,6 +123,7 @@ class Table:
     such a number, null if all are empty, else string. Columns that are not used have the type null."""
 
     block_noun = "block of lines"
+    images_apart = True
     cacheable = True
 
     def __init__(self, suffix: str, separator: str):
@@ -168,12 +169,12 @@ class Table:
         other = next((other for other in "\t,;|" if other != separator and other in names[0]), None) if len(names) == 1 else None
         check_names(names, place, source, f"; set separator: {other!r}" if other else "")
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One request for the lines, and one for each image."""
         return self.read_rows(place, scan, block, source, images, limits, image_root(place, source))
 
     def read_rows(
-        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits, root: ImageRoot
+        self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits, root: ImageRoot
     ) -> pa.Table:
         """``read`` with images from another place."""
         start, end = scan.offsets[block : block + 2]

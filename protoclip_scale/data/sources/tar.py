@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from protoclip_scale.data.sources.cells import check_names, is_plain, typed, value_type
-from protoclip_scale.data.sources.formats import CAPTIONS, IMAGE, FileScan, Place, SourceLimits, register
+from protoclip_scale.data.sources.formats import CAPTIONS, IMAGE, FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.data.sources.image_files import IMAGE_SUFFIXES
 from protoclip_scale.data.sources.ranges import file_size, open_forward, read_range
 from protoclip_scale.data.sources.side_cars import rows_of_side_car
@@ -110,6 +110,7 @@ class Tar:
 
     suffixes = (".tar",)
     block_noun = "shard"
+    images_apart = False
     cacheable = True
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
@@ -134,7 +135,7 @@ class Tar:
         """Every used column is in some sample of the shard."""
         check_names(scan.columns.names, place, source, " (the suffixes of its members, and keys of its JSON)")
 
-    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: bool, limits: SourceLimits) -> pa.Table:
+    def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One pass over the shard; without ``images`` over headers and text only. Local, 1,000 samples of two members take 50 ms; remote,
         one request for each 4 MB."""
         columns = source.columns
@@ -240,7 +241,7 @@ def _captions(values: list[Any]) -> list[str]:
     return [value for value in flat if isinstance(value, str)]
 
 
-def _table(rows: list[tuple], columns: schema.SourceColumns, kinds: list[pa.DataType], images: bool, place: Place) -> pa.Table:
+def _table(rows: list[tuple], columns: schema.SourceColumns, kinds: list[pa.DataType], images: Images, place: Place) -> pa.Table:
     table: dict[str, Any] = {"image": pa.array([row[0] for row in rows], IMAGE)} if images else {}
     table["captions"] = pa.array([row[1] for row in rows], CAPTIONS)
     for number, (name, kind) in enumerate(zip(columns.extra, kinds, strict=True)):
