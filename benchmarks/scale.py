@@ -31,6 +31,7 @@ name: scale
 data:
   root: {data}
   workers: 1
+  plan: {{global_batch: 512}} # what each of eight ranks makes of the recipe's 4,096
 model:
   embed_dim: 32
   image: {{name: test_resnet, size: 32}}
@@ -105,10 +106,11 @@ def resumed(recipe: Path, folder: Path, environment: dict[str, str]) -> dict[str
     log = folder / "run" / "log.txt"
     fetched = re.search(r"fetch ended: (\S+) blocks in (\S+)", log.read_text())
     figures: dict[str, float] = {"fetch_blocks": float(fetched[1].split("/")[0].replace(",", "")), "fetch_duration": fetched[2]}
-    figures["first_batch_seconds"] = float(_wait_for(command, environment, log, r"the first batch was ready ([\d.]+) s")[1])
+    ready = [float(_wait_for(command, environment, log, r"the first batch was ready ([\d.]+) s")[1]) for _ in range(3)]
+    figures["first_batch_seconds"], figures["first_batch_seconds_slowest"] = sorted(ready)[1], max(ready)
     shutil.rmtree(folder / "run" / "scratch")
     began = time.perf_counter()
-    eta = _wait_for(command, environment, log, r"fetch: .*eta|step \d", appear="train begins")
+    eta = _wait_for(command, environment, log, r"fetch: .*eta", appear="train begins")
     figures["first_step_without_spool_seconds"] = time.perf_counter() - began
     figures["fetch_eta_shown"] = bool(eta)
     return figures

@@ -222,4 +222,4 @@ def test_large_images_that_are_files_are_read_few_at_a_time(tmp_path, monkeypatc
     assert len(held) == 5 and max(table.nbytes for table in held) < 64e6
     for place, row_id in enumerate(episode.read_order(0).tolist()):
         image, captions = spool.open(0, 0).row(place)
-        assert image[: len(picture(0))] == picture(row_id) and captions == [f"row {row_id}"]
+        assert image.startswith(picture(row_id)) and captions == [f"row {row_id}"]

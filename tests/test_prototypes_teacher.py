@@ -130,6 +130,9 @@ def test_a_finished_extraction_is_kept_and_another_teacher_refused(tmp_path):
     extracted(data, tmp_path / "teacher", FailingEncoder(0))
     with pytest.raises(UserError, match="features of another teacher"):
         extracted(data, tmp_path / "teacher", HashEncoder(caption="join"))
+    (tmp_path / "teacher" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="features of another teacher"):
+        extracted(data, tmp_path / "teacher", HashEncoder(caption="join"))
     with pytest.raises(UserError, match=r"begun with other .*info"):
         try:
             extracted(data, tmp_path / "begun", FailingEncoder(1))

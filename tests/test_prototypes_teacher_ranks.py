@@ -98,7 +98,7 @@ def test_killed_at_every_event_and_continued_by_other_numbers_of_processes(tmp_p
 @pytest.mark.slow
 def test_the_line_that_users_type_in_two_processes_equals_one(tmp_path):
     """On real features: all-MiniLM over 1,000 rows, through accelerate."""
-    where = ("--recipe", RECIPES / "demo.yaml", "--set", "data.sources=[{files: train-0000[01]-of-00010.parquet}]", "--model", "minilm", "--dim", "16", "--pca-rows", "500")
+    where = ("--recipe", RECIPES / "demo.yaml", "--set", "data.sources=[{files: 'train-0000[01]-of-00010.parquet'}]", "--model", "minilm", "--dim", "16", "--pca-rows", "500")
     for ranks in (1, 2):
         done = launch(*where, "--out", tmp_path / f"{ranks}", "--npy-out", tmp_path / f"{ranks}.npy", "--expect-ranks", ranks, ranks=ranks, script="tools/extract_teacher.py")
         assert done.returncode == 0, done.stderr

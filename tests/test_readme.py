@@ -1,11 +1,14 @@
 """Every command in README.md is run as it stands there, made small by ``--set``; or it is in the list below with the reason why not."""
 
+import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from protoclip_scale.engine import command as pretrain_command
@@ -18,8 +21,13 @@ RUN_ELSEWHERE = {
     "make demo": "the demo itself: minutes; run before every release",
     "make test": "this very run",
     "accelerate launch launch/pretrain.py --recipe recipes/yfcc15m.yaml --set data.root=DATA": "tests/test_launch_commands.py",
+    "python tools/gather_images.py --list conceptual_captions --out data/cc3m Train_GCC-training.tsv": "3 million downloads; tests/test_preparation_gather.py has a server",
     "python tools/extract_teacher.py --recipe recipes/yfcc15m.yaml --set data.root=DATA --model minilm --caption first --dim 64 --out DATA/teacher": "tests/test_launch_commands.py",
 }
+
+
+def is_data_tool(command: str) -> bool:
+    return command.startswith(("python tools/", "python benchmarks/"))
 
 
 def settings(command: str) -> tuple[str, ...]:
@@ -41,6 +49,7 @@ def test_the_list_of_exceptions_is_true():
     assert set(RUN_ELSEWHERE) <= set(COMMANDS)
     elsewhere = (ROOT / "tests/test_launch_commands.py").read_text()
     assert "recipes/yfcc15m.yaml" in elsewhere and "tools/extract_teacher.py" in elsewhere
+    assert "conceptual_captions" in (ROOT / "tests/test_preparation_gather.py").read_text()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pretrain.py" in c and c not in RUN_ELSEWHERE])
@@ -90,6 +99,26 @@ def test_the_python_lines_load_the_export(after_training):
     shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if is_data_tool(c) and c not in RUN_ELSEWHERE])
+def test_data_lines(command, tmp_path, monkeypatch, capsys):
+    """In a folder with a table of 24 pictures of the corpus. In this process: an import takes seconds."""
+    rows = pq.read_table(CORPUS / "val-00000-of-00001.parquet").slice(0, 24).to_pylist()
+    lines = ["filepath\ttitle"]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.webp").write_bytes(row["image"]["bytes"])
+        lines.append(f"{number}.webp\t{row['caption'][0]}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    words = shlex.split(command)
+    script = ROOT / words[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(script.parent)
+    code = runpy.run_path(str(script), run_name="tool")["main"](words[2:])
+    assert not code, capsys.readouterr().err
+    out = {"prepare_data.py": "data/mine/report.json", "inspect_data.py": "sheet.png"}.get(script.name)
+    assert (tmp_path / out).stat().st_size > 1000 if out else json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_every_command_is_accounted_for():
-    known = [c for c in COMMANDS if "pretrain.py" in c or "runs/demo" in c or c in RUN_ELSEWHERE]
+    known = [c for c in COMMANDS if "pretrain.py" in c or "runs/demo" in c or c in RUN_ELSEWHERE or is_data_tool(c)]
     assert [c for c in COMMANDS if c not in known] == []

@@ -308,3 +308,16 @@ def test_sparkline_and_loss_history():
 def test_first_screen_names_the_checkpoint_it_resumes_from_and_unknown_facts():
     screen = as_text(first_screen(FACTS | {"resuming_from": "runs/demo/checkpoints/step-00000160", "step": 160, "trace_rows": True}), 100)
     assert "step-00000160 at step 160" in screen and re.search(r"trace rows +True", screen)
+
+
+def test_a_phase_without_a_total_says_what_is_left_as_soon_as_it_knows(tmp_path):
+    """A fetch learns how many blocks it has from its thread; its estimate must not wait for the usual half minute."""
+    clock = Clock()
+    console, _ = console_on(tmp_path, clock=clock)
+    console.phase("fetch", 3, 10, None, "blocks")
+    console.advance(0, total=200)
+    for done in range(1, 100):
+        clock.now += 0.5
+        console.advance(done, total=200)
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "eta" in line]
+    assert "2/200 blocks (1%) | eta 1m39s" in lines[0] and len(lines) == 2  # then one in half a minute

@@ -9,6 +9,7 @@ Every step is a function of a unit or of all of them, never of processes or of w
 on with the units that are not on disk, by as many processes as there are now, and ends with the same bytes. Each unit is encoded once.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ def extract_teacher(
     ``dim``: width after PCA, 0 for none; the PCA is found from at most ``pca_rows`` rows. ``report`` takes rank 0's lines, ``event`` the names of
     moments at which a test may kill. Raises UserError for bad input, if ``out`` holds another teacher, and if more images than ``max_bad_fraction``
     cannot be decoded. Costs one forward pass of the encoder per row; disk: rows x dim x 4 bytes and the sample, half of which stays; memory of rank
-    0: the sample, of the others: a block.
+    0: the sample, of the others: some blocks.
     """
     out = Path(out)
     work = Work.of_sources([reader.block_rows for reader in readers])
@@ -79,12 +80,13 @@ def _check_sizes(dim: int, pca_rows: int, num_rows: int, encoder: Encoder) -> No
 
 
 def _is_finished(out: Path, info: dict[str, Any], dtype: str) -> bool:
-    if not (out / "manifest.json").exists():
+    """UserError, before anything is encoded, if ``out`` holds something else, be it unfinished."""
+    if not (out / "layout.json").exists():
         return False
-    store = FeatureStore.open(out)
-    if {key: store.info.get(key) for key in info} != info or store.dtype != dtype:
+    layout = json.loads((out / "layout.json").read_text(encoding="utf-8"))
+    if {key: layout["info"].get(key) for key in info} != info or layout["dtype"] != dtype:
         raise UserError(f"--out {out} holds features of another teacher or of other data; remove that folder or choose another")
-    return True
+    return (out / "manifest.json").exists()
 
 
 def _check_input(readers: Sequence[BlockReader], work: Work, encoder: Encoder, partial: Path, dim: int, pca_rows: int, dtype: str) -> None:

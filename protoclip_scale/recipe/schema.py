@@ -59,8 +59,8 @@ class SourceColumns(Section):
     """Names of the columns of a source. Defaults: image and caption in parquet, JSON and on the Hub; filepath and title in CSV and TSV, as open_clip reads
     them; the image and txt members of a tar shard; file_name and text of a folder's metadata."""
 
-    image: str = Field(description="Column with the image: encoded bytes, a struct with `bytes`, or, in CSV, TSV, JSON and folders, the path of a file. In tar shards the members' suffix; image takes any.")
-    caption: str | tuple[str, ...] = Field(description="Column with the caption, a string or a list of strings; or several columns, whose captions are put in one list.")
+    image: str = Field(description="Column with the image: encoded bytes, a struct with `bytes`, or, in CSV, TSV, JSON and folders, the path of a file. In tar shards the members' suffix, or several (jpg;png); image takes any.")
+    caption: str | tuple[str, ...] = Field(description="Column with the caption, a string or a list of strings; or several columns, whose captions are put in one list. In tar shards a member's suffix, or a key of the json member, as json.caption.")
     extra: tuple[str, ...] = Field((), description="Further columns that ride with each row to the loader: ids, lists of strings, a second image.")
 
     @property
@@ -94,7 +94,7 @@ class Source(Section):
         values = {key: value for key, value in values.items() if value is not None}
         files = values.get("files") or ""
         first = files[0] if isinstance(files, (list, tuple)) else files
-        values.setdefault("format", "hub" if "hub" in values else SUFFIX_FORMATS.get(posixpath.splitext(str(first))[1], "parquet"))
+        values.setdefault("format", "hub" if "hub" in values else SUFFIX_FORMATS.get(posixpath.splitext(str(first).partition("?")[0])[1], "parquet"))
         image, caption = FORMAT_COLUMNS.get(str(values["format"]), ("image", "caption"))
         if isinstance(values.get("columns", {}), dict):
             values["columns"] = {"image": image, "caption": caption} | values.get("columns", {})
@@ -155,7 +155,7 @@ class Data(Section):
     root: str = Field(".", description="Folder or URL that `files` are relative to; a relative one starts from the folder of the file that says it, under --set from the working directory.")
     sources: tuple[Source, ...] = Field(min_length=1, description="What to train on; sources of any kind can be mixed.")
     plan: Plan = Field(description="The order of rows.")
-    augmentation: Literal["clip", "protoclip_light", "slip", "slip_ssl", "declip", "none"] = Field("clip", description="Training transform: clip (random crop of 90-100%), protoclip_light (methods 6.5), slip (crop of 50-100%, methods 2.1), slip_ssl (its self-supervised views), declip (methods 3.1), none (centre crop).")
+    augmentation: Literal["clip", "protoclip_light", "slip", "slip_ssl", "declip", "none"] = Field("clip", description="Training transform: clip (random crop of 90-100%), protoclip_light (methods 6.5), slip (crop of 50-100%, methods 2.1), slip_ssl (its self-supervised views), declip (methods 3.1), none (centre crop). slip, slip_ssl and declip resize bilinearly, the others bicubically.")
     text_augmentation: Literal["none", "eda"] = Field("none", description="Training text: none, or eda (one of synonym replacement, swap, deletion; methods 3.1), which needs the extra wordnet.")
     caption: Literal["first", "random", "join"] = Field("first", description="Which of several captions a row uses; random is a function of seed, epoch and row.")
     empty_caption: Literal["drop", "keep"] = Field("drop", description="drop: rows without a caption are replaced and listed in the quarantine file; keep: they train as the empty text.")

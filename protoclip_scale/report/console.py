@@ -25,6 +25,7 @@ from protoclip_scale.report.screens import first_screen, last_screen, place_line
 from protoclip_scale.report.terminal import Lines, PanelOutput, Silence, Terminal, as_text, let_go_of_stdout
 
 SECONDS_BETWEEN_LINES = 30
+SECONDS_BEFORE_ESTIMATE = 1
 LOG_WIDTH = 100
 
 
@@ -154,7 +155,10 @@ class DrawingConsole(Console):
         if phase is None:
             return
         phase.done, phase.note, phase.total = done, note or phase.note, total or phase.total
-        if self.progress.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
+        # What could not be said when the phase was opened is said as soon as it is worth something.
+        patience = SECONDS_BEFORE_ESTIMATE if total and not phase.estimated and phase.eta_seconds(self.progress.clock()) else SECONDS_BETWEEN_LINES
+        if self.progress.clock() - self.last_line >= patience:
+            phase.estimated = True
             self._progress_line(phase.progress_line(self.progress.clock()))
         self._put("draw", False)
 

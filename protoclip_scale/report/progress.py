@@ -45,6 +45,7 @@ class Phase:
     done: int = 0
     note: str = ""
     ended: bool = False
+    estimated: bool = False  # a line with the time left was shown
 
     def place(self) -> str:
         return f"episode {count(self.episode)}/{count(self.num_episodes)}" if self.num_episodes else f"episode {count(self.episode)}"
