@@ -20,7 +20,6 @@ SETTINGS = {"dim": 4, "pca_rows": 900}  # less than all rows: some are encoded f
 # (processes, event) in the order of the extraction; each goes on from the one before.
 KILLS = (
     (2, "teacher.unit:3@1"),  # encoding the sample
-    (1, "teacher.unit:2@0"),
     (3, "teacher.unit:1@2"),
     (2, "teacher.pca:1@0"),  # PCA found, nothing projected yet
     (2, "teacher.unit:9@1"),  # projecting the sample, encoding the others

@@ -21,7 +21,7 @@ from protoclip_scale.engine.checkpoint import Cursor
 from protoclip_scale.engine.context import BadRows, RunContext, lanes_of_this_node
 from protoclip_scale.engine.head_start import HeadStart
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
-from protoclip_scale.engine.run_folder import Start, check_sources, open_run
+from protoclip_scale.engine.run_folder import Start, check_sources, open_run, pinned
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.signals import StopFlag
@@ -81,7 +81,7 @@ def _resumed_at(start: Start) -> Cursor:
 
 
 def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
-    readers = collectives.from_rank_zero(lambda: open_readers(recipe.data))
+    readers = collectives.from_rank_zero(lambda: open_readers(pinned(recipe.data, folder)))
     collectives.from_rank_zero(lambda: check_sources(folder, readers, recipe.data.text_augmentation))
     index = index_of(readers)
     plan = Plan(index, recipe.data.plan)

@@ -14,7 +14,7 @@ from protoclip_scale.data.wordnet import open_wordnet
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json, publish_text
-from protoclip_scale.recipe import Recipe, diff, dump, load_recipe
+from protoclip_scale.recipe import Recipe, diff, dump, load_recipe, schema
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,16 @@ def open_run(folder: Path, recipe: Recipe, resume: str, extend: bool) -> Start:
     run_id, attempt = _begin_attempt(folder)
     publish_text(folder / "recipe.yaml", dump(recipe))
     return Start(run_id, attempt, found, manifest, tuple(warnings))
+
+
+def pinned(data: schema.Data, folder: Path) -> schema.Data:
+    """``data`` with Hub datasets at the commits that the run began with: a branch that has moved on since is no other data."""
+    path = folder / "sources.json"
+    if not path.exists():
+        return data
+    commits = [source["commit"] for source in json.loads(path.read_text(encoding="utf-8"))["sources"]]
+    sources = [source.model_copy(update={"revision": commit}) if commit else source for source, commit in zip(data.sources, commits, strict=True)]
+    return data.model_copy(update={"sources": tuple(sources)})
 
 
 def check_sources(folder: Path, readers: list[BlockReader], text_augmentation: str) -> None:
