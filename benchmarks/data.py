@@ -26,6 +26,7 @@ from protoclip_scale.data.transforms import NORMALIZATION, normalize
 from protoclip_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+BLOCKS, FEED = 4, [250.0, 1000.0, 4000.0]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -37,9 +38,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--augmentations", nargs="+", default=["clip", "protoclip_light", "slip_ssl"], choices=["clip", "protoclip_light", "slip", "slip_ssl", "declip"])
     parser.add_argument("--recipe", type=Path, help="measure this recipe's data instead")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the recipe")
-    parser.add_argument("--blocks", type=int, default=4, help="with --recipe: blocks to read of each source")
-    parser.add_argument("--feed", type=float, nargs="+", default=[250, 1000, 4000], help="with --recipe: samples a second and rank to be fed")
+    parser.add_argument("--blocks", type=int, help=f"with --recipe: blocks to read of each source (default: {BLOCKS})")
+    parser.add_argument("--feed", type=float, nargs="+", help=f"with --recipe: samples a second and rank to be fed (default: {' '.join(map(str, FEED))})")
     chosen = parser.parse_args(argv)
+    for name in ("set", "blocks", "feed") if chosen.recipe is None else ():
+        if getattr(chosen, name) not in (None, []):
+            raise UserError(f"--{name} has no effect without --recipe; leave it out")
+    chosen.blocks, chosen.feed = BLOCKS if chosen.blocks is None else chosen.blocks, chosen.feed or FEED
     if chosen.images < 64 or chosen.rounds < 1 or chosen.blocks < 1 or chosen.size < 1 or min(chosen.feed) <= 0:
         parser.error("--images must be at least 64; --rounds, --blocks, --size and --feed positive")
     return chosen
@@ -107,14 +112,18 @@ def machine() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    chosen, threads = arguments(argv), torch.get_num_threads()
+    threads = torch.get_num_threads()
     console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(1)
     try:
+        chosen = arguments(argv)
         figures = own_data.measure(chosen.recipe, chosen.set, chosen.blocks, chosen.feed, console) if chosen.recipe else compare(chosen, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     finally:
         torch.set_num_threads(threads)
     print(json.dumps(figures))

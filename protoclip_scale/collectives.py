@@ -5,7 +5,10 @@ ranks, the backward sums what every rank sends back and keeps the own slice. Wit
 this equals the gradient of the one-process loss.
 """
 
+import functools
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +115,36 @@ def from_rank_zero(work: Callable[[], Any]) -> Any:
     if failure:
         raise UserError(failure)
     return value
+
+
+def from_rank_zero_patiently(work: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
+    """``from_rank_zero`` for work that may take longer than a collective may wait: it is done in a thread, and all ranks call ``meanwhile``, which may hold
+    collectives, about every second. What ``meanwhile`` raises ends the wait; the thread is left to itself."""
+    outcome: list[Callable[[], Any]] = []
+
+    def attempt() -> None:
+        try:
+            value = work()
+            outcome.append(lambda: value)
+        except BaseException as error:
+            outcome.append(functools.partial(_raise, error))
+
+    thread = threading.Thread(target=attempt, daemon=True) if rank() == 0 else None
+    if thread:
+        thread.start()
+    pause = 0.01
+    while any_rank(thread is not None and thread.is_alive()):
+        meanwhile()
+        if thread:
+            thread.join(pause)
+        else:
+            time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    return from_rank_zero(lambda: outcome[0]())
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def on_each_machine(work: Callable[[], None]) -> None:

@@ -5,6 +5,8 @@ import math
 import runpy
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -88,3 +90,29 @@ def test_what_is_wrong_is_one_line(benchmark, capsys, tmp_path):
     assert benchmark["main"](["--recipe", str(tmp_path / "nothing.yaml")]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "--corpus" in errors[0] and "nothing.yaml" in errors[1]
+    for option in (["--set", "a=1"], ["--blocks", "4"], ["--feed", "250"]):
+        assert benchmark["main"](option) == 1
+        assert capsys.readouterr().err == f"error: {option[0]} has no effect without --recipe; leave it out\n"
+
+
+def test_rows_that_cannot_be_used_count_for_no_time_and_none_at_all_is_one_line(benchmark, capsys, tmp_path, monkeypatch):
+    rows = pq.read_table(sorted(CORPUS.glob("train-*.parquet"))[0]).slice(0, 4).to_pylist()
+    bad = [{**row, "image": {"bytes": b"none", "path": ""}} for row in rows]
+    chosen = ["--recipe", str(RECIPES / "demo_clip.yaml"), "--set", "data.sources=[{files: rows.parquet}]", "--set", f"data.root={tmp_path}"]
+    pq.write_table(pa.Table.from_pylist(bad), tmp_path / "rows.parquet")
+    assert benchmark["main"](chosen) == 1
+    error = capsys.readouterr().err
+    assert "none of the 4 rows that were read has an image that can be used" in error and error.count("\n") == 1
+    pq.write_table(pa.Table.from_pylist(rows + 3 * bad), tmp_path / "rows.parquet")
+    from data_parts import own_data
+
+    monkeypatch.setattr(own_data, "_work", lambda recipe, rows: (dict.fromkeys(own_data.WORK, 4.0), 12))
+    assert benchmark["main"](chosen) == 0
+    (source,) = last_line(capsys)[0]["sources"].values()
+    assert source["seconds_per_row"]["decoding"] == 1.0 and (source["rows_worked_on"], source["bad_rows"]) == (16, 12)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_data, "measure", interrupted)
+    assert benchmark["main"](chosen) == 130 and capsys.readouterr().err == "stopped\n"

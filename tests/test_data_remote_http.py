@@ -92,16 +92,18 @@ def requests_of(num_episodes: int, folder: Path) -> int:
 
 
 def test_a_server_that_goes_down_for_good_ends_the_run_which_goes_on_when_it_is_back(server, cache, tmp_path, local_run):
-    """It goes down in the fetch of the last episode, first with 503, then with refused connections."""
+    """It goes down in the fetch of the last episode, first with 503, then with refused connections. A stop meanwhile does not wait for it."""
     run, short = tmp_path / "run", settings(server.url, retry_seconds=1)
     server.faults(down_from=requests_of(2, tmp_path / "count") + 3)
+    patient = settings(server.url, retry_seconds=3600)  # a run that waited would be killed by the test's own limit
+    assert pretrain(run, RECIPE, patient, env=cache | {"PROTOCLIP_STOP_AT": "train.step:7"}) == [75]
     assert pretrain(run, RECIPE, short, env=cache) == [1]
     check_told(run, server.url, ".parquet", "503", "data.retry_seconds")
-    assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000008"]
+    assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000007"]
     server.kill()
     assert pretrain(run, RECIPE, short, env=cache) == [1]
     check_told(run, server.url, "Connect")
     server.start()
     assert pretrain(run, RECIPE, short, env=cache) == [0], output(run)
-    assert [line["step"] for line in metrics(run, "train") if line["attempt"] > 1] == [9, 10, 11, 12]
+    assert [line["step"] for line in metrics(run, "train") if line["attempt"] > 1] == [8, 9, 10, 11, 12]
     check_equal(run, local_run)

@@ -12,6 +12,7 @@ import pytest
 
 from protoclip_scale.data.index import build_index, index_of, open_readers
 from protoclip_scale.data.sources import BlockReader
+from protoclip_scale.data.sources.fingerprint import describe, difference
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 from tests.support import CORPUS, ROOT
@@ -117,6 +118,17 @@ def test_missing_and_unusable_columns_are_named(tmp_path):
     assert "b.parquet" in refused(tmp_path) and "list<element: string>" in refused(tmp_path)
 
 
+def test_extra_columns_that_cannot_be_returned_are_named(tmp_path):
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kinds = {pa.map_(pa.string(), pa.int64()): [("a", 1)], pa.list_(image): [{"bytes": b"x", "path": None}]}
+    for kind, value in kinds.items():
+        write(tmp_path / "a.parquet", 3, more=pa.array([value] * 3, kind))
+        message = refused(tmp_path, extra=("more",))
+        assert "column 'more'" in message and "a.parquet" in message and "neither maps nor lists of images" in message
+    write(tmp_path / "a.parquet", 3, more=pa.array([{"a": [1]}] * 3))
+    assert reader_of(tmp_path, extra=("more",)).read(0).column("more").to_pylist() == [{"a": [1]}] * 3
+
+
 def test_no_rows_and_not_parquet(tmp_path):
     write(tmp_path / "empty.parquet", 0)
     assert "no rows" in refused(tmp_path)
@@ -148,8 +160,28 @@ def refuse(*arguments, **settings):
     raise SystemExit("a connection was tried")
 socket.socket.connect = socket.getaddrinfo = refuse
 from protoclip_scale.data.sources import BlockReader
+
 from protoclip_scale.recipe import schema
 print(BlockReader(schema.Source(files="*.parquet"), {str(tmp_path)!r}).read(2).num_rows)
 """
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout.strip(), finished.stderr) == (0, "6", "")
+
+
+def test_the_fingerprint_knows_where_images_lie_and_what_each_column_is(tmp_path):
+    """Two tables of one text with other images, and captions in another order, are other data; the same data elsewhere are not."""
+    for place in ("here", "there"):
+        for folder in ("a", "b"):
+            (tmp_path / place / folder).mkdir(parents=True)
+            (tmp_path / place / folder / "x.png").write_bytes(folder.encode())
+        (tmp_path / place / "pairs.csv").write_text("filepath,title,other\nx.png,one,two\n")
+
+    def reader(place="here", **changes):
+        return BlockReader(schema.Source(**{"files": "pairs.csv", "image_root": "a"} | changes), str(tmp_path / place))
+
+    same = reader().fingerprint
+    assert reader("there").fingerprint == same
+    others = [reader(image_root="b"), reader(columns={"caption": ["title", "other"]}), reader(columns={"caption": ["other", "title"]})]
+    assert len({same, *(other.fingerprint for other in others)}) == 4
+    assert "image_root a -> b" in difference(describe(reader()), describe(others[0]))
+    assert "caption columns title, other -> other, title" in difference(describe(others[1]), describe(others[2]))

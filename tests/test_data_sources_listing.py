@@ -1,6 +1,7 @@
 """From patterns to files: braces, odd names, the path under the root, what may be shown of a URL; and which errors are worth another attempt."""
 
 import errno
+import threading
 import time
 
 import aiohttp
@@ -11,7 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from protoclip_scale.data.sources.filesystems import join, shown, shown_pattern, without_query
 from protoclip_scale.data.sources.listing import expand_braces, in_threads, list_places
-from protoclip_scale.data.sources.retry import may_pass, retry, retry_after, status_of, text_of
+from protoclip_scale.data.sources.retry import Cancelled, may_pass, retry, retry_after, status_of, text_of
 from protoclip_scale.errors import UserError
 
 
@@ -138,6 +139,20 @@ def test_retry_waits_longer_each_time_and_ends_on_time(monkeypatch):
 
     waits.clear()
     assert retry(recover, 100.0, "reading", "s3://b/a", remote=True) == "here" and waits[0] == 20.0
+
+
+def test_a_cancelled_retry_ends_without_waiting():
+    cancelled, attempts = threading.Event(), []
+
+    def fail():
+        attempts.append(None)
+        cancelled.set()  # while the attempt is under way
+        raise answer(502, **{"Retry-After": "3000"})
+
+    for _ in range(2):
+        with pytest.raises(Cancelled, match="s3://b/a: reading was cancelled"):
+            retry(fail, 3600.0, "reading", "s3://b/a", True, cancelled)
+    assert len(attempts) == 1
 
 
 def test_after_an_error_no_further_item_is_begun():

@@ -1,7 +1,9 @@
 """Sources on servers: what is asked of them, what failures do, what the user reads when they last, and what a dataset of the Hub resolves to."""
 
 import collections
+import pickle
 import shutil
+import threading
 import time
 
 import pytest
@@ -120,6 +122,33 @@ def test_a_server_that_stays_down_ends_with_url_status_and_time(server):
     assert time.monotonic() - started < 20  # all of the files, not each of them, have half a second
 
 
+def test_a_cancelled_reader_waits_for_no_server(server):
+    reader = opened(server.url, FIRST, 600.0)
+    errors = []
+
+    def read() -> None:
+        try:
+            reader.read(0)
+        except retry.Cancelled as error:
+            errors.append(error)
+
+    server.faults(down_from=1)
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not server.requests():
+        time.sleep(0.01)
+    reader.cancel()
+    thread.join(60)  # of the 600
+    assert len(errors) == 1 and FIRST in str(errors[0])
+    server.faults()
+    with pytest.raises(retry.Cancelled):
+        reader.read(0)
+    assert not server.requests()
+    again = pickle.loads(pickle.dumps(reader))  # the copy is not cancelled
+    reader.resume()
+    assert again.read(0).equals(LOCAL.read(0)) and reader.read(0).equals(LOCAL.read(0))
+
+
 def test_refusals_and_missing_files_are_not_retried(server):
     reader = opened(server.url, FIRST, 600.0)
     for action in (lambda: opened(server.url, "missing.parquet", 600.0), lambda: opened(f"{server.url}/nowhere", "*.parquet", 600.0)):
@@ -198,6 +227,20 @@ def test_a_hub_dataset_is_pinned_to_a_commit_and_described(hub):
     assert "no revision 'v9'" in refused(lambda: of(revision="v9"))
     assert "'fancy' not found" in refused(lambda: of(config="fancy"))
     assert "no such dataset" in refused(lambda: BlockReader(schema.Source(hub="org/other"), ".", 30.0))
+
+
+def test_a_card_of_the_hub_names_no_files_outside_of_its_commit(hub, tmp_path, monkeypatch):
+    _, commits = hub
+
+    def told(file: str) -> str:
+        (tmp_path / "2" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {file}\n---\n")
+        return refused(lambda: BlockReader(schema.Source(hub="org/name"), ".", 1.0))
+
+    assert "belong to org/name" in told(f"{CORPUS}/{FIRST}")  # the library sees to other places
+    here, there = (f"hf://datasets/org/name@{commit}" for commit in reversed(commits))
+    for file in (f"{CORPUS}/{FIRST}", f"https://example.org/{FIRST}", f"{there}/data/{FIRST}", f"{here}/../other/{FIRST}"):  # or does not
+        monkeypatch.setattr(streaming, "hub_files", lambda name, commit, config, file=file: ("parquet", {"train": [file]}))
+        assert f"outside of the dataset ({file})" in told(file)
 
 
 def test_the_hub_offline_is_one_line(hub, monkeypatch):

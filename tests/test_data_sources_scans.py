@@ -73,6 +73,50 @@ def test_a_damaged_cache_is_not_believed(tmp_path, scanned, damage):
     assert len(scanned) == 2  # and it has been mended
 
 
+def test_scans_made_before_a_failure_are_kept(tmp_path, scanned):
+    for name in "abc":
+        write(tmp_path / f"{name}.parquet", 20)
+    (tmp_path / "b.parquet").write_bytes(b"this is not parquet, but long enough to look for a footer")
+    for name in "abc":
+        old(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet"):
+        opened(tmp_path)
+    before = set(scanned)  # c only if it was begun before b failed
+    assert "a.parquet" in before
+    scanned.clear()
+    write(tmp_path / "b.parquet", 20)
+    assert len(opened(tmp_path).block_rows) == 9
+    assert sorted(scanned) == sorted({"b.parquet", "c.parquet"} - (before - {"b.parquet"}))
+
+
+def test_scans_are_kept_while_others_are_made(tmp_path, scanned, monkeypatch):
+    saved = []
+    monkeypatch.setattr("protoclip_scale.data.sources.reader.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(scans.ScanCache, "save", lambda self, done: saved.append(len(done)))
+    for name in "abc":
+        write(tmp_path / f"{name}.parquet", 20)
+    opened(tmp_path)
+    assert len(saved) == 4 and saved[-1] == 3  # after each file, and at the end
+
+
+def test_a_revision_is_no_part_of_the_caches_name(tmp_path):
+    one, two, other = (
+        scans.ScanCache(schema.Source(hub="org/name", **settings), ".", SourceLimits()).path
+        for settings in ({"revision": "main"}, {"revision": "v1"}, {"split": "test"})
+    )
+    assert one == two != other
+
+
+def test_types_that_are_read_alike_are_the_same(tmp_path):
+    kinds = {"a": (pa.string(), pa.binary()), "b": (pa.large_string(), pa.large_binary()), "c": (pa.dictionary(pa.int32(), pa.string()), pa.binary())}
+    for name, (text, data) in kinds.items():
+        columns = {"image": pa.array([b"i"] * 3, data), "caption": pa.array(["t"] * 3).cast(text), "tag": pa.array(["x"] * 3).cast(text)}
+        write(tmp_path / f"{name}.parquet", 3, **columns)
+    reader = opened(tmp_path, columns={"extra": ["tag"]})
+    assert [reader.read(block).schema for block in range(3)] == [reader.schema] * 3
+    assert opened(tmp_path, files="a.parquet").column_types == {"image": pa.binary(), "caption": pa.string()}  # as it is: fingerprints hold
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, scanned, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "file"))

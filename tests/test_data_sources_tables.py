@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import pickle
 import re
 
+import aiohttp
 import fsspec
 import pandas as pd
 import pyarrow as pa
@@ -12,10 +14,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from protoclip_scale.data.sources import FORMATS, SourceLimits, image_files, ranges, tables
+from protoclip_scale.data.sources import FORMATS, BlockReader, SourceLimits, image_files, ranges, tables
 from protoclip_scale.data.sources.tables import Records
 from protoclip_scale.errors import UserError
 from tests.source_cases import place_of, read_all, refused, scan_of, source_of
+from tests.test_data_sources_listing import answer as error_of
 
 HEADER = b"filepath,title,note\n"
 
@@ -176,8 +179,11 @@ def test_images_are_read_from_the_folder_of_the_table_or_image_root(tmp_path):
         }
     )
     remote = read_all("memory://set/table.csv", "csv", limits=limits)
-    assert remote.column("image").to_pylist() == expected
-    assert read_all(path, "csv", limits=limits, image_root="memory://set").equals(remote)
+    assert remote.column("image").to_pylist() == [*expected[:3], None, *expected[4:]]  # others wrote it: it names no file of this machine
+    assert read_all("memory://set/table.csv", "csv", limits=limits, image_root="memory://set").equals(remote)
+    assert read_all(path, "csv", limits=limits, image_root="memory://set").column("image").to_pylist() == expected
+    here = read_all("memory://set/table.csv", "csv", limits=limits, image_root=str(tmp_path / "images"))
+    assert here.column("image").to_pylist() == expected
     assert sum(scan_of(path, "csv", image_root=str(tmp_path / "images")).bytes) > len(names) * 7
 
 
@@ -224,6 +230,49 @@ def test_remote_failures_are_tried_again_and_then_raised(tmp_path, monkeypatch):
     busy.down = ("/busy/7.jpg",)
     with pytest.raises(ConnectionResetError):
         read_all("memory://busy/table.csv", "csv")
+
+
+def test_refused_images_are_bad_rows_unless_all_are(tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/shut/{number}.jpg": b"%d" % number for number in range(6)})
+    statuses = {}
+
+    def answer(self, path, **settings):
+        status = statuses.get(path, 200)
+        if status != 200:
+            raise error_of(status)
+        return memory.store[path].getvalue()
+
+    monkeypatch.setattr(type(memory), "cat_file", answer)
+    monkeypatch.setattr(type(memory), "info", answer)
+    names = [f"{number}.jpg" for number in range(6)]
+    root = image_files.ImageRoot(memory, "/shut")
+    statuses |= dict(zip((f"/shut/{name}" for name in names), (403, 400, 414, 451, 200, 200), strict=True))
+    assert root.read([*names, None], 100) == [None] * 4 + [b"4", b"5", None]
+    statuses["/shut/4.jpg"] = 401  # nobody is logged in: never a matter of one image
+    with pytest.raises(aiohttp.ClientResponseError, match="401"):
+        root.read(names, 100)
+    expired = type("ClientError", (Exception,), {"response": {"Error": {"Code": "ExpiredToken"}, "ResponseMetadata": {"HTTPStatusCode": 400}}})()
+    assert not image_files.is_refused(expired)
+    with pytest.raises(aiohttp.ClientResponseError, match="403"):
+        root.read([names[0], names[1], None], 100)
+    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    statuses |= dict.fromkeys((f"/shut/{name}" for name in names), 503)
+    assert root.mean_size(names) == 0
+
+
+def test_an_image_name_that_no_url_can_hold_is_a_bad_row():
+    for url in ("http://127.0.0.1:9", "memory://nowhere"):
+        assert image_files.ImageRoot(*fsspec.core.url_to_fs(url)).read(["half \ud800.jpg"], 100) == [None]
+
+
+def test_extra_columns_have_one_type_in_all_files(tmp_path):
+    for name, values in {"a": ("1", "", "0.50"), "b": ("x1", "2"), "c": ("", "")}.items():
+        write(tmp_path, b"filepath,title,id\n" + b"".join(b"a.jpg,t,%s\n" % value.encode() for value in values), f"{name}.csv")
+    reader = BlockReader(source_of("*.csv", "csv", {"extra": ("id",)}), str(tmp_path))
+    for one in (reader, pickle.loads(pickle.dumps(reader))):
+        ids = [value for block in range(len(one.block_rows)) for value in one.read(block, images=False).column("id").to_pylist()]
+        assert ids == ["1", None, "0.50", "x1", "2", None, None]  # as they stand there
 
 
 def test_after_an_error_no_file_is_begun():

@@ -56,6 +56,15 @@ def test_missing_data_names_the_command_that_prepares_it(capsys):
     assert found == 1 and "no files match" in problem and "prepare it with: python tools/gather_images.py --list yfcc15m_declip" in problem
 
 
+def test_a_table_whose_images_are_not_there_is_a_problem(capsys, tmp_path):
+    rows = "".join(f"{number}.jpg\ta picture\n" for number in range(600))
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + rows)
+    values = (*TINY, f"data.root={tmp_path}", "data.sources=[{files: pairs.tsv}]")
+    found, shown = report(capsys, "demo_clip", *values)
+    assert found == 1
+    assert "32 of 32 sampled images cannot be used" in shown and "image_root" in shown and "is missing" in shown
+
+
 def test_full_disk_is_a_problem(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     found, text = report(capsys, "demo_protoclip", *TINY_PROTOTYPES, f"run.scratch_dir={tmp_path}")

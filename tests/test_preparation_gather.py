@@ -4,7 +4,9 @@ import asyncio
 import bz2
 import csv
 import fcntl
+import gzip
 import json
+import lzma
 import multiprocessing.forkserver
 import os
 import random
@@ -19,7 +21,7 @@ import pytest
 from protoclip_scale.data.decode import Limits
 from protoclip_scale.data.sources.reader import BlockReader
 from protoclip_scale.errors import UserError
-from protoclip_scale.preparation import addresses
+from protoclip_scale.preparation import addresses, download, encode_pool
 from protoclip_scale.preparation.download import Downloader, DownloadSettings, Failure
 from protoclip_scale.preparation.encode_pool import EncodePool
 from protoclip_scale.preparation.gather import GatherSettings, gather
@@ -170,6 +172,31 @@ def test_openai_list_is_joined_with_the_metadata_by_photo_id(tmp_path, columns):
         read(path, "yfcc15m_openai", metadata=files)
 
 
+def test_what_is_no_utf8_costs_its_line_or_its_character(tmp_path):
+    lines = ['{"caption": "a cat", "url": "http://x/\\ud83d"}', '{"caption": "b \\ud83d", "url": "http://x/1"}', "[" * 100_000]
+    (tmp_path / "list.json").write_text("\n".join(lines) + "\n")
+    listed = ListSettings(tmp_path / "list.json", "yfcc15m_declip")
+    summary = prepare_list(listed, list_facts(listed), tmp_path / "pass-0.arrow")
+    assert list(PairList(tmp_path / "pass-0.arrow").rows()) == [Row("http://x/1", ("b ?",), ("",))]
+    assert summary["lines_left_out"] == {"line does not fit the layout": 2}
+    (tmp_path / "list.csv").write_text("url,caption\nhttp://x/2,c\n", encoding="utf-8-sig")
+    assert read(tmp_path / "list.csv", "csv") == ([Row("http://x/2", ("c",))], {})
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_list_that_is_cut_short_is_one_line(tmp_path, capsys, compress):
+    path = tmp_path / f"list.tsv{ {gzip.compress: '.gz', bz2.compress: '.bz2', lzma.compress: '.xz'}[compress] }"
+    path.write_bytes(compress(random.Random(0).randbytes(50_000).hex().encode())[:-20_000])
+    assert gather_images.main(["--list", "conceptual_captions", str(path), "--out", str(tmp_path / "out")]) == 1
+    assert "may be cut short or damaged" in one_line(capsys)
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
 def test_random_text_takes_both_about_equally(tmp_path):
     titles = sum(TEXTS["random"]("title", "description", photo) == ("title",) for photo in range(1000))
     assert 430 < titles < 570
@@ -277,6 +304,17 @@ def test_public_addresses(address, public):
     assert addresses.is_public(address) is public
 
 
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0177.0.0.1", "0x7f000001", "0X7F.1", "127.0x1", "127.0.0.1.", "１２７.1", "10.0.0.1"])
+def test_addresses_in_other_forms_are_refused(host):
+    with pytest.raises(addresses.PrivateAddress):
+        addresses.check_literal(host)
+
+
+@pytest.mark.parametrize("host", ["8.8.8.8", "2606:4700::1111", "0x.example.org", "1.example", "123.com", "localhost"])
+def test_names_and_public_addresses_are_left_to_the_resolver(host):
+    addresses.check_literal(host)
+
+
 def fetch(urls: list[str], download: DownloadSettings) -> list[bytes | Failure]:
     async def one(downloader: Downloader, url: str) -> bytes | Failure:
         async with downloader.fetch(url) as body:
@@ -353,6 +391,27 @@ def test_limits_of_one_download(server):
     again = {"hang", "status/429", "status/503", "nobody"}
     assert {place: failure.tries for place, failure in found.items()} == {place: 2 if place in again else 1 for place in found}
     assert fetch([f"{server.url}/opted-out"], DownloadSettings(allow_private=True, ignore_opt_out=True)) == [b"picture"]
+
+
+def test_what_nobody_expects_costs_one_row(server, pictures, monkeypatch):
+    assert download._seconds("Mon, 01 Jan 2024 00:00:00 +99999999999999999") == 0.0
+    server.faults()
+    read = Downloader._read
+
+    async def broken(self, url, response):
+        if url.path.endswith("001.webp"):
+            raise OverflowError("odd header")
+        return await read(self, url, response)
+
+    monkeypatch.setattr(Downloader, "_read", broken)
+    found = fetch([f"{server.url}/pictures/{name}" for name in ("000.webp", "001.webp")], QUICK)
+    assert found == [pictures["000.webp"][0], Failure("bad answer", "OverflowError: odd header")]
+
+    def odd(*arguments):
+        raise ZeroDivisionError("no side")
+
+    monkeypatch.setattr(encode_pool, "prepare_image", odd)
+    assert encode_pool.encode(b"x", ImageSettings(), Limits()) == Failure("unusable image", "ZeroDivisionError: no side")
 
 
 # Gathering
@@ -473,6 +532,9 @@ def test_an_output_folder_belongs_to_one_list(server, pictures, tmp_path):
     with pytest.raises(UserError, match="begun with rows_per_shard 16, now it is 7"):
         picture_list(path, server, pictures)
         gather(settings(path, out, rows_per_shard=7), print)
+    for other, name in [({"row_group_rows": 6}, "row_group_rows 5"), ({"limits": Limits(9)}, "max_pixels"), ({"download": DownloadSettings(max_bytes=7)}, "max_bytes 1000000")]:
+        with pytest.raises(UserError, match=f"begun with {name}"):
+            gather(settings(path, out, **other), print)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.parquet").write_bytes(b"x")
     with pytest.raises(UserError, match="holds parquet files of something else"):
@@ -528,3 +590,17 @@ def test_the_tool_prints_a_table_and_one_line_for_errors(server, pictures, tmp_p
         assert message in capsys.readouterr().err
     assert gather_images.main(["--list", "csv", str(tmp_path / "nothing.csv"), "--out", str(tmp_path / "new")]) == 1
     assert "nothing.csv is not a file" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_and_ctrl_c_are_one_line(tmp_path, capsys, monkeypatch):
+    path = conceptual_list(tmp_path / "list.tsv", [("a", "http://a.example/1")])
+    for out in (path, path / "x"):
+        assert gather_images.main(["--list", "conceptual_captions", str(path), "--out", str(out)]) == 1
+        assert f"--out {out} cannot be written" in one_line(capsys)
+    monkeypatch.setattr(gather_images, "gather", interrupted)
+    assert gather_images.main(["--list", "conceptual_captions", str(path), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.startswith("stopped")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt

@@ -133,9 +133,18 @@ def test_recipes_and_what_is_wrong_with_them(tool, tmp_path, capsys, monkeypatch
     assert "no files match" in lines[0] and "--source other" in lines[1] and "--out /proc/nothing/sheet.png" in lines[2]
     text_augmentation.cache_clear()
     monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
-    assert tool.main(["--recipe", recipe, "--sample", "20", "--texts", "eda"]) == 1
+    assert tool.main(["--recipe", recipe, "--sample", "20", "--texts", "eda", "--out", str(tmp_path / "sheet.png")]) == 1
     assert "pip install 'protoclip-scale[wordnet]'" in capsys.readouterr().err
     for wrong, message in ((["--out", "sheet.jpg"], "must end in"), (["--rows", "0"], "at least 1"), (["--image-column", "x"], "no effect with --recipe")):
         with pytest.raises(SystemExit):
             tool.main(["--recipe", recipe, *wrong])
         assert message in capsys.readouterr().err
+    for option in (["--rows", "5"], ["--draws", "1"], ["--masked"], ["--texts", "eda"], ["--augmentations", "clip"], ["--size", "9"]):
+        assert tool.main(["--recipe", recipe, *option]) == 1
+        assert capsys.readouterr().err == f"error: {option[0]} has no effect without --out; leave it out\n"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "inspect", interrupted)
+    assert tool.main(["--recipe", recipe]) == 130 and capsys.readouterr().err == "stopped\n"

@@ -1,6 +1,7 @@
 """tools/prepare_data.py on a list of real pictures with corrupt files and repeats: exact figures, the same bytes after any kill, and shards that train."""
 
 import contextlib
+import errno
 import importlib.util
 import io
 import json
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 
 from protoclip_scale.data.decode import decode_image
+from protoclip_scale.data.sources.reader import BlockReader
+from protoclip_scale.preparation import leakage, source_options
 from protoclip_scale.preparation import prepare as preparing
 from tests import support
 from tests.support import CORPUS, ROOT, TINY, metrics, pretrain
@@ -237,8 +240,15 @@ def test_other_settings_or_input_are_refused(pictures, prepared, tmp_path, capsy
         (("--from", "{here}/pairs.tsv", "--out", "{here}/pairs.tsv"), "lies in the input"),
         (("--from", "{here}/evaluation.parquet", "--out", "{out}", "--caption-column", "label"), "must hold a string"),
         (("--from", "{here}/pairs.tsv", "--out", "{out}", "--leakage", "{here}/evaluation.parquet", "--leakage-column", "label"), "must hold encoded images"),
-        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--radius", "20"), "--radius 20"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--deduplicate", "perceptual", "--radius", "20"), "--radius 20"),
         (("--from", "{here}/pairs.tsv", "--out", "{out}", "--extra", "image"), "image"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--radius", "3"), "--radius has no effect without --deduplicate perceptual or --leakage"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--deduplicate-by", "pair"), "--deduplicate-by has no effect without --deduplicate"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--leakage-column", "x"), "--leakage-column has no effect without --leakage"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--max-bytes", "-5"), "--max-bytes -5: must be at least 1"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--max-pixels", "0"), "--max-pixels 0: must be at least 1"),
+        (("--from", "{here}/pairs.tsv", "--out", "{out}", "--retry-seconds", "-1"), "--retry-seconds -1: must be at least 0"),
+        (("--hub", "a/b", "--out", "{out}", "--image-root", "x"), "--hub a/b"),
         (("--recipe", "recipes/demo_clip.yaml", "--source", "other", "--out", "{out}"), "demo_corpus"),
         (("--recipe", "recipes/demo_clip.yaml", "--set", "data.sources.0.rows=5", "--out", "{out}"), "rows has no effect"),
     ],
@@ -310,3 +320,48 @@ def test_other_layouts_give_the_same_rows_and_name_their_bad_files(pictures, pre
     bad = lines(tmp_path / "out" / "bad_rows.jsonl")
     expected = [name for name, row in zip(names, rows, strict=True) if row not in good]
     assert [row.get("image") for row in bad] == ([None] * len(bad) if layout == "tar" else expected) and len(bad) == len(expected)
+
+
+def test_evaluation_images_that_cannot_be_decoded_are_told(pictures, tmp_path, capsys, monkeypatch):
+    images = pq.read_table(pictures / "evaluation.parquet")["image"].to_pylist()
+    pq.write_table(pa.table({"image": pa.array([images[0], b"none", b""], pa.binary())}), tmp_path / "some.parquet")
+    pq.write_table(pa.table({"image": pa.array([b"none"], pa.binary())}), tmp_path / "none.parquet")
+    command = ("--from", pictures / "pairs.tsv", "--out", tmp_path / "out", "--limit", "12", "--processes", "1", "--leakage", tmp_path / "some.parquet")
+    read, failed = leakage._images, []
+
+    def failing_once(place, column):
+        for number, image in enumerate(read(place, column)):
+            if number == 1 and not failed:
+                failed.append(place)
+                raise OSError(errno.EIO, "the network is gone")
+            yield image
+
+    monkeypatch.setattr(leakage, "_images", failing_once)
+    assert tool(*command) == 0 and failed
+    assert [(file["rows"], file["undecodable"]) for file in json.loads((tmp_path / "out" / "report.json").read_text())["leakage"]] == [(3, 2)]
+    line = "some.parquet: 2 of 3 evaluation images cannot be decoded"
+    assert line in capsys.readouterr().out
+    assert tool(*command) == 0 and line in capsys.readouterr().out, "it is known without hashing them again"
+    command = ("--from", pictures / "pairs.tsv", "--out", tmp_path / "other", "--limit", "12", "--processes", "1", "--leakage", tmp_path / "none.parquet")
+    assert tool(*command) == 1
+    assert "none of its 1 images in column 'image' can be decoded" in said(capsys)
+
+
+def test_nothing_kept_is_an_error_and_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "list.tsv").write_text("filepath\ttitle\nabsent.jpg\ta\n")
+    assert tool("--from", tmp_path / "list.tsv", "--out", tmp_path / "out", "--processes", "1") == 1
+    assert "none of 1 rows was kept (undecodable: no image 1)" in said(capsys)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockReader, "__init__", interrupted)
+    assert tool("--from", tmp_path / "list.tsv", "--out", tmp_path / "out") == 130
+    assert said(capsys).startswith("stopped")
+
+
+def test_the_metadata_of_a_folder_of_images_is_no_shard(tmp_path):
+    (tmp_path / "metadata.parquet").write_bytes(b"")
+    assert source_options._folder_format([str(tmp_path)]) == "folder"
+    (tmp_path / "train-0.parquet").write_bytes(b"")
+    assert source_options._folder_format([str(tmp_path)]) == "parquet"

@@ -11,6 +11,7 @@ import safetensors.numpy
 from PIL import Image
 
 from protoclip_scale.data.index import build_index
+from protoclip_scale.data.rows import pack_row_ids
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.prototypes.teacher import open_teacher
@@ -205,3 +206,48 @@ def test_mistakes_are_told_in_one_line(tmp_path, recipe, capsys, arguments, mess
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_an_output_that_cannot_be_is_told_before_anything_is_encoded(tmp_path, recipe, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "broken").mkdir()
+    arguments = ["--recipe", recipe, "--set", "data.plan.episode_size=8", "--model", "minilm", "--dim", "6", "--out"]
+    for out in ("file", "file/x", "broken"):
+        for content in ("", "[1]", '{"info": 1}') if out == "broken" else ("",):
+            (tmp_path / "broken" / "layout.json").write_text(content)
+            assert tool.main([*arguments, str(tmp_path / out)]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path / out) in error
+    assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.glob("*.partial"))
+    (tmp_path / "broken" / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        FeatureStore.open(tmp_path / "broken")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "run", interrupted)
+    assert tool.main([*arguments, str(tmp_path / "x")]) == 130 and capsys.readouterr().err.startswith("stopped")
+
+
+def test_of_parts_of_one_fingerprint_the_source_s_own_is_taken_and_what_may_differ_refused(tmp_path):
+    index = build_index(data_of(CORPUS, "val-*.parquet", "val-*.parquet"))
+    rows, fingerprint = index.source_rows(0), index.fingerprints[0]
+
+    def teacher(name: str, *columns: dict[str, str]):
+        info = {"kind": "teacher features", "sources": [{"name": "a", "fingerprint": fingerprint, **each} for each in columns]}
+        store = FeatureStore.create(tmp_path / name, {"teacher": 1}, len(columns), rows, info=info)
+        for part in range(len(columns)):
+            with store.writer(part) as writer:
+                writer.write(slice(0, rows), {"teacher": np.full((rows, 1), part)})
+        store.seal()
+        return open_teacher(tmp_path / name, index)
+
+    first_rows = pack_row_ids(np.array([0, 1]), np.array([0, 0]), np.array([0, 0]))
+    for name, columns in (("npy", {}), ("text", {"caption_column": "caption"})):
+        assert teacher(name, columns, columns).rows(first_rows)[:, 0].tolist() == [0, 1]
+    with pytest.raises(UserError, match="which may differ"):
+        teacher("differ", {"caption_column": "caption"}, {"caption_column": "title"})
+    one = build_index(data_of(CORPUS, "train-00000-of-00010.parquet", "val-*.parquet"))
+    extracted(data_of(CORPUS, "val-*.parquet", "train-00000-of-00010.parquet", "val-*.parquet"), tmp_path / "three")
+    assert open_teacher(tmp_path / "three", one).rows(first_rows).shape == (2, 4)

@@ -36,7 +36,7 @@ def test_types_and_defaults_in_words():
     assert keys["data.max_bad_fraction"][1:3] == ("number >= 0 and <= 1", "0.02")
     assert keys["objectives.prototype.targets"][1:3] == ("soft or hard", "soft")
     assert keys["data.sources"][1:3] == ("list of sections", "required")
-    assert keys["data.sources.files"][1:3] == ("text or list of texts", "required")
+    assert keys["data.sources.files"][1:3] == ("text or list of texts or null", "null")
     assert keys["model.logit_scale.init"].default == "2.65926"
 
 

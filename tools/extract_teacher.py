@@ -119,7 +119,7 @@ def import_features(options: argparse.Namespace, readers):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the user's error, in one line."""
+    """Exit code: 0 done, 1 the user's error, in one line, 130 stopped from the keyboard."""
     try:
         run(parse(arguments))
     except UserError as error:
@@ -128,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(2)  # most errors all processes meet at once: then rank 0 has told, and the launcher ends this one
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

@@ -26,9 +26,8 @@ from protoclip_scale.preparation.inspect_page import write_page  # noqa: E402
 from protoclip_scale.preparation.inspect_report import statistics_json, statistics_tables  # noqa: E402
 from protoclip_scale.preparation.inspect_rows import Inspection, Look, inspect  # noqa: E402
 from protoclip_scale.preparation.inspect_sheet import draw_sheet  # noqa: E402
-from protoclip_scale.preparation.source_options import add_source_options, check_source_options, source_of  # noqa: E402
+from protoclip_scale.preparation.source_options import add_source_options, check_source_options, refuse_unused, resolve  # noqa: E402
 from protoclip_scale.recipe import schema  # noqa: E402
-from protoclip_scale.recipe.load import load_recipe  # noqa: E402
 
 SHEETS = {".png": lambda path, inspection, title: draw_sheet(path, inspection), ".html": write_page}
 DEFAULTS = Look()
@@ -39,11 +38,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_source_options(parser)
     sheet = parser.add_argument_group("contact sheet")
     sheet.add_argument("--out", nargs="+", type=Path, default=[], metavar="FILE", help=".html (captions in any script, statistics included) or .png, or both")
-    sheet.add_argument("--rows", type=int, default=DEFAULTS.rows, metavar="N", help="rows of the sheet (default: %(default)s)")
+    sheet.add_argument("--rows", type=int, metavar="N", help=f"rows of the sheet (default: {DEFAULTS.rows})")
     sheet.add_argument("--augmentations", nargs="+", choices=sorted(AUGMENTATIONS), default=[], metavar="NAME", help=f"to show beside the recipe's own: {', '.join(sorted(AUGMENTATIONS))}")
     sheet.add_argument("--texts", nargs="+", choices=sorted(TEXT_AUGMENTATIONS), default=[], metavar="NAME", help="text augmentations to show beside the recipe's own: eda")
     sheet.add_argument("--masked", action="store_true", help="show texts with tokens masked as for masked language modelling")
-    sheet.add_argument("--draws", type=int, default=DEFAULTS.draws, metavar="N", help="views of each augmentation, one per epoch (default: %(default)s)")
+    sheet.add_argument("--draws", type=int, metavar="N", help=f"views of each augmentation, one per epoch (default: {DEFAULTS.draws})")
     sheet.add_argument("--size", type=int, metavar="PIXELS", help=f"side of a view (default: {DEFAULTS.size}, or as the recipe says)")
     sample = parser.add_argument_group("sample")
     sample.add_argument("--sample", type=int, default=DEFAULTS.sample, metavar="N", help="rows read and decoded for the statistics (default: %(default)s)")
@@ -54,6 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("rows", "draws", "size", "sample"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if not arguments.out:
+        refuse_unused(arguments, ("rows", "augmentations", "texts", "masked", "draws", "size"), "--out")
     for path in arguments.out:
         if path.suffix not in SHEETS:
             parser.error(f"--out {path}: the name must end in {' or '.join(SHEETS)}")
@@ -68,19 +69,18 @@ def write_sheet(path: Path, inspection: Inspection, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
-        recipe = load_recipe(arguments.recipe, arguments.set) if arguments.recipe else None
-        data = recipe.data if recipe else schema.Data(sources=[source_of(arguments)], plan=schema.Plan(global_batch=8))
+        arguments = parse_arguments(argv)
+        recipe, data = resolve(arguments)
         text = recipe.model.text if recipe else schema.TextTower()
         look = Look(
             size=arguments.size or (recipe.model.image.size if recipe else DEFAULTS.size),
             augmentations=tuple(arguments.augmentations),
             texts=tuple(arguments.texts),
             masked=arguments.masked,
-            draws=arguments.draws,
-            rows=min(arguments.rows, arguments.sample) if arguments.out else 0,
+            draws=arguments.draws or DEFAULTS.draws,
+            rows=min(arguments.rows or DEFAULTS.rows, arguments.sample) if arguments.out else 0,
             sample=arguments.sample,
             source=arguments.source,
             seed=arguments.seed,
@@ -91,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     if arguments.json:
         print(json.dumps(statistics_json(inspection.statistics), indent=2, ensure_ascii=False))
         return 0

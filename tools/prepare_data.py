@@ -26,10 +26,9 @@ from protoclip_scale.preparation.duplicates import MAX_RADIUS  # noqa: E402
 from protoclip_scale.preparation.images import ENCODERS, ImageSettings  # noqa: E402
 from protoclip_scale.preparation.pool import available_cores  # noqa: E402
 from protoclip_scale.preparation.prepare import prepare  # noqa: E402
-from protoclip_scale.preparation.report import report_table, summary_line  # noqa: E402
-from protoclip_scale.preparation.source_options import add_source_options, check_source_options, common_root, source_of  # noqa: E402
+from protoclip_scale.preparation.report import leakage_lines, report_table, summary_line  # noqa: E402
+from protoclip_scale.preparation.source_options import add_source_options, check_source_options, common_root, pick, refuse_unused, resolve  # noqa: E402
 from protoclip_scale.recipe import schema  # noqa: E402
-from protoclip_scale.recipe.load import load_recipe  # noqa: E402
 
 DEFAULTS = asked.Settings()
 DATA = {name: field.default for name, field in schema.Data.model_fields.items()}
@@ -50,10 +49,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rows.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     rows.add_argument("--empty-caption", choices=asked.EMPTY_CAPTION, help="rows without a caption (default: drop, or as the recipe says)")
     rows.add_argument("--deduplicate", choices=asked.DEDUPLICATE, default=DEFAULTS.deduplicate, help="exact: equal pixels after resizing. perceptual: also images that look alike (DCT pHash in gray, so colour does not count). The first of the input order stays (default: %(default)s)")
-    rows.add_argument("--deduplicate-by", choices=asked.DEDUPLICATE_BY, default=DEFAULTS.deduplicate_by, help="pair: a row goes only if image and captions repeat. image: it goes if the image repeats, its captions with it (default: %(default)s)")
-    rows.add_argument("--radius", type=int, default=DEFAULTS.radius, metavar="BITS", help=f"bits of 64 in which hashes of images that look alike may differ, 0 to {MAX_RADIUS}; also for --leakage (default: %(default)s)")
+    rows.add_argument("--deduplicate-by", choices=asked.DEDUPLICATE_BY, help=f"pair: a row goes only if image and captions repeat. image: it goes if the image repeats, its captions with it (default: {DEFAULTS.deduplicate_by})")
+    rows.add_argument("--radius", type=int, metavar="BITS", help=f"bits of 64 in which hashes of images that look alike may differ, 0 to {MAX_RADIUS}; also for --leakage (default: {DEFAULTS.radius})")
     rows.add_argument("--leakage", nargs="+", default=[], metavar="FILES", help="parquet files with evaluation images: rows that show one of them, or nearly, are left out and listed")
-    rows.add_argument("--leakage-column", default=DEFAULTS.leakage_column, metavar="COL", help="their column of images (default: %(default)s)")
+    rows.add_argument("--leakage-column", metavar="COL", help=f"their column of images (default: {DEFAULTS.leakage_column})")
     work = parser.add_argument_group("work")
     work.add_argument("--processes", type=int, default=available_cores(), metavar="N", help="never changes the output (default: all cores, here %(default)s)")
     work.add_argument("--max-pixels", type=int, metavar="N", help=f"images with more are left out unread (default: {DATA['max_pixels']:,}, or as the recipe says)")
@@ -63,20 +62,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.processes < 1:
         parser.error("--processes: at least 1")
     check_source_options(parser, arguments)
+    if not arguments.leakage:
+        refuse_unused(arguments, ("leakage_column",), "--leakage")
+        refuse_unused(arguments, ("radius",) if arguments.deduplicate != "perceptual" else (), "--deduplicate perceptual or --leakage")
+    if arguments.deduplicate == "none":
+        refuse_unused(arguments, ("deduplicate_by",), "--deduplicate")
+    for name in ("deduplicate_by", "radius", "leakage_column"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(DEFAULTS, name))
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
-        data = load_recipe(arguments.recipe, arguments.set).data if arguments.recipe else None
-        root = data.root if data else common_root(arguments)
-        sources = [source_of(arguments, root)] if data is None else [source for source in data.sources if arguments.source in (None, source.label)]
-        if not sources:
-            raise UserError(f"--source {arguments.source}: {arguments.recipe} has {', '.join(source.label for source in data.sources)}")
+        arguments = parse_arguments(argv)
+        _, data = resolve(arguments, common_root(arguments))
         given = {name: getattr(arguments, name) for name in ("max_pixels", "max_bytes", "retry_seconds", "empty_caption")}
-        given = {name: (getattr(data, name) if data else DATA[name]) if value is None else value for name, value in given.items()}
+        given = {name: getattr(data, name) if value is None else value for name, value in given.items()}
         settings = asked.Settings(
             images=ImageSettings(arguments.short_side, arguments.format, arguments.quality, arguments.keep_small),
             rows_per_shard=arguments.rows_per_shard,
@@ -91,13 +94,13 @@ def main(argv: list[str] | None = None) -> int:
             limits=Limits(given["max_pixels"], given["max_bytes"]),
         )
         report = prepare(
-            sources,
-            root,
+            list(pick(data, arguments.source).values()),
+            data.root,
             arguments.out,
             settings,
             processes=arguments.processes,
             retry_seconds=given["retry_seconds"],
-            max_members=data.max_members if data else DATA["max_members"],
+            max_members=data.max_members,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     console = rich.console.Console()
     console.print(report_table(report))
-    console.print(summary_line(report), soft_wrap=True, highlight=False)
+    for line in (summary_line(report), *leakage_lines(report)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"\nTo train on {arguments.out}, put this into a recipe:\n\n{report['recipe']}", soft_wrap=True, highlight=False, markup=False)
     return 0
 

@@ -16,6 +16,7 @@ from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.data.transforms import augment
+from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import load_recipe, schema
 
 BATCH = 64
@@ -65,6 +66,7 @@ def _shares(readers: list[BlockReader]) -> list[float]:
 def _measure_source(recipe: schema.Recipe, reader: BlockReader, num_blocks: int) -> dict:
     """Seconds a row of each part of the work, and MB a second read, of some blocks of one source."""
     order = permutation(len(reader.block_rows), 0, "benchmark").tolist()
+    order = [block for block in order if reader.block_rows[block]]
     started = time.perf_counter()
     reader.read(order[-1])  # opens the source, and imports what reads it
     opening = time.perf_counter() - started
@@ -78,6 +80,9 @@ def _measure_source(recipe: schema.Recipe, reader: BlockReader, num_blocks: int)
         num_bytes += table.nbytes
         rows += table.slice(0, -(-MAX_ROWS // len(blocks))).select(["image", "captions"]).to_pylist()
     seconds, bad = _work(recipe, rows)
+    good = len(rows) - bad
+    if not good:
+        raise UserError(f"source {reader.name}: none of the {len(rows)} rows that were read has an image that can be used; look at it with tools/inspect_data.py, or read more with --blocks")
     return {
         "opening_seconds": opening,
         "blocks_read": len(blocks),
@@ -86,7 +91,7 @@ def _measure_source(recipe: schema.Recipe, reader: BlockReader, num_blocks: int)
         "kB_per_row": num_bytes / num_read / 1e3,
         "rows_worked_on": len(rows),
         "bad_rows": bad,
-        "seconds_per_row": {"reading": reading / num_read, **{part: value / len(rows) for part, value in seconds.items()}},
+        "seconds_per_row": {"reading": reading / num_read, **{part: value / good for part, value in seconds.items()}},
     }
 
 

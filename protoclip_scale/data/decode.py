@@ -65,11 +65,13 @@ class Limits(NamedTuple):
     max_bytes: int = 50_000_000
 
 
-def decode_image(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # noqa: B008 (a tuple)
+def decode_image(data: bytes | None, limits: Limits = Limits()) -> torch.Tensor:  # noqa: B008 (a tuple)
     """uint8 [3, H, W]. Raises BadImage: no bytes, over a limit (by the header, before decoding), truncated, corrupt or not an image.
 
     About 0.1 ms for a 72 px WebP; memory is 3 bytes a pixel, about 10 on the PIL path.
     """
+    if data is None:
+        raise BadImage("no image: its file or member is missing, unreadable or over data.max_bytes")
     if not data:
         raise BadImage("zero bytes")
     if len(data) > limits.max_bytes:
@@ -84,6 +86,15 @@ def decode_image(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # noq
             except RuntimeError:
                 pass  # the reference decides what is wrong with it
     return decode_with_pil(data, limits)
+
+
+def problem_of(data: bytes | None, limits: Limits = Limits()) -> str | None:  # noqa: B008 (a tuple)
+    """Why encoded bytes cannot be used; None if they can."""
+    try:
+        decode_image(data, limits)
+    except BadImage as error:
+        return str(error)
+    return None
 
 
 def decode_with_pil(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # noqa: B008 (a tuple)

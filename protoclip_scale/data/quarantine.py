@@ -31,6 +31,7 @@ class Quarantine:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         entries = list(_lines(self.path)) if self.path.exists() else []
+        self._torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")  # by a kill
         self._row_ids = {entry["row_id"] for entry in entries}
         self.reasons = Counter(_kind(entry["reason"]) for entry in entries)
 
@@ -48,9 +49,9 @@ class Quarantine:
         self.reasons[_kind(reason)] += 1
         entry = {"row_id": int(row_id), "file": source_file, "block": int(block), "row": int(row), "reason": reason}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(entry) + "\n")
+            file.write(("\n" if self._torn else "") + json.dumps(entry) + "\n")
+        self._torn = False
         return True
 
 

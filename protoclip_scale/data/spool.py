@@ -74,9 +74,9 @@ class SpooledLane:
         """int64 [rows]."""
         return np.concatenate([column.to_numpy() for column in self._columns["row_id"]])
 
-    def row(self, number: int) -> tuple[bytes, list[str]]:
-        """(encoded image, captions) of one row; a missing image is b''. Some microseconds."""
-        return self._cell("image", number) or b"", [caption for caption in self._cell("captions", number) or [] if caption is not None]
+    def row(self, number: int) -> tuple[bytes | None, list[str]]:
+        """(encoded image, or None for none, captions) of one row. Some microseconds."""
+        return self._cell("image", number), [caption for caption in self._cell("captions", number) or [] if caption is not None]
 
     def extra(self, number: int) -> dict[str, Any]:
         """The extra columns of one row, as plain values."""
@@ -131,6 +131,9 @@ class Spool:
         if not missing:
             return
         self._path(episode, 0).parent.mkdir(parents=True, exist_ok=True)
+        for lane in missing:
+            for left in self._path(episode, lane).parent.glob(f"{self._path(episode, lane).stem}.*.unfinished"):  # by a killed process
+                left.unlink()
         self._check_space(sum(lane_bytes(episode_plan, lane, readers) for lane in missing))
         columns = lane_schema(readers)
         pieces = {lane: _pieces(episode_plan.read_order(lane)) for lane in missing}

@@ -71,7 +71,7 @@ class Viewer:
         draws = self.data.caption == "random"  # a generator costs as much as the choice
         return choose_caption(captions, self.data.caption, generator(self.seed, "caption", *visit, 0) if draws else None)
 
-    def load(self, encoded: bytes, caption: str, visit: Visit) -> RowViews:
+    def load(self, encoded: bytes | None, caption: str, visit: Visit) -> RowViews:
         """All views of a row. Raises BadImage."""
         image = decode_image(encoded, self.limits)
         images = {name: augment(how)(image, self.size, self._generator("augmentation", name, visit)) for name, how in self.images.items()}

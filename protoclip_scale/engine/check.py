@@ -13,8 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from protoclip_scale.data.caption_statistics import caption_statistics, sample_captions
+from protoclip_scale.data.decode import Limits, problem_of
 from protoclip_scale.data.index import index_of, open_readers
 from protoclip_scale.data.plan import Plan, check_lanes
+from protoclip_scale.data.samples import draw_sample, read_sample
+from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import lane_bytes, lane_schema
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
@@ -28,6 +31,7 @@ from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe, dump
 
+IMAGES_LOOKED_AT = 32  # of each source
 T = TypeVar("T")
 EPISODES_ON_DISK = 2
 
@@ -86,11 +90,30 @@ class Check:
             self.needed_bytes["spool"] = EPISODES_ON_DISK * sum(lane_bytes(episode, lane, readers) for lane in range(settings.lanes))
         self.table("Data", rows)
         tokenizer = self.attempt(lambda: tokenizer_for(recipe.model.text))
+        if readers:
+            self._images(readers)
         if readers and tokenizer:
             captions = self.attempt(lambda: sample_captions(readers))
             if captions is not None:
                 self.table("Captions of a sample", caption_statistics(captions, tokenizer, recipe.data.caption).table())
         self.attempt(lambda: text_augmentation(recipe.data.text_augmentation))
+
+    def _images(self, readers: list[BlockReader]) -> None:
+        """Decodes some images of every source: a wrong image_root or column shows here, not after the first fetch."""
+        limits, rows = Limits(self.recipe.data.max_pixels, self.recipe.data.max_bytes), []
+        for reader in readers:
+            for sample, table in self.attempt(lambda reader=reader: list(read_sample([reader], draw_sample([reader], IMAGES_LOOKED_AT)))) or ():
+                file, _ = reader.file_of_block(sample.block)
+                rows += [(reader.name, file, problem_of(image, limits)) for image in table.column("image").to_pylist()]
+            reasons = [(file, problem) for name, file, problem in rows if name == reader.name and problem]
+            looked_at = sum(name == reader.name for name, _, _ in rows)
+            if reasons:
+                file, problem = reasons[0]
+                found = self.problems if 2 * len(reasons) > looked_at else self.remarks  # few bad ones are replaced in training
+                found.append(f"data.sources {reader.name}: {len(reasons)} of {looked_at} sampled images cannot be used, the first in {file}: {problem}; check columns.image and image_root")
+        if rows:
+            usable = sum(problem is None for _, _, problem in rows)
+            self.table("Images of a sample", [("usable", f"{usable} of {len(rows)}")])
 
     def _rows_of(self, source: int) -> str:
         """How many rows a source has, and how many of them count."""

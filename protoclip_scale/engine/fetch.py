@@ -4,6 +4,7 @@ import threading
 import time
 
 from protoclip_scale import collectives
+from protoclip_scale.data.sources.retry import Cancelled
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
 from protoclip_scale.errors import UserError
@@ -31,7 +32,7 @@ class Fetch:
     def _work(self) -> None:
         try:
             self.run.spool.fill(self.plan, self.plan.number, self.run.lanes_of_node, self.run.readers, on_block=self._on_block)
-        except _Cancelled:
+        except (_Cancelled, Cancelled):
             pass
         except BaseException as error:
             self.error = error
@@ -43,10 +44,14 @@ class Fetch:
             raise _Cancelled
 
     def cancel(self) -> None:
-        """Stop at the next block and wait for that."""
+        """Stop at the next block, or while a server is waited for, and wait for that."""
         self._cancelled = True
-        if self._thread:
+        if self._thread and self._thread.is_alive():
+            for reader in self.run.readers:
+                reader.cancel()
             self._thread.join()
+            for reader in self.run.readers:
+                reader.resume()
 
     def wait(self) -> None:
         """Until every machine has the episode; a collective that looks for stops in between, so it may take longer than a collective may.

@@ -15,6 +15,7 @@ from protoclip_scale.data.plan import Plan, check_lanes, lanes_of
 from protoclip_scale.data.quarantine import Quarantine
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import tokenizer_for
+from protoclip_scale.data.wordnet import open_wordnet
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.checkpoint import Cursor
@@ -81,8 +82,11 @@ def _resumed_at(start: Start) -> Cursor:
 
 
 def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
-    readers = collectives.from_rank_zero(lambda: open_readers(pinned(recipe.data, folder)))
-    collectives.from_rank_zero(lambda: check_sources(folder, readers, recipe.data.text_augmentation))
+    readers = collectives.from_rank_zero_patiently(lambda: open_readers(pinned(recipe.data, folder)), meanwhile=stop.agree)
+    wordnet = open_wordnet().digest if recipe.data.text_augmentation == "eda" else None
+    if len(set(collectives.all_gather_objects(wordnet))) > 1:
+        raise UserError("data.text_augmentation eda: the ranks' machines have different WordNets, which give different texts; install the same one on all")
+    collectives.from_rank_zero(lambda: check_sources(folder, readers, wordnet))
     index = index_of(readers)
     plan = Plan(index, recipe.data.plan)
     if start.manifest and start.manifest["plan"] != plan.fingerprint:

@@ -10,7 +10,6 @@ from typing import Any
 
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.sources.fingerprint import describe, difference
-from protoclip_scale.data.wordnet import open_wordnet
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json, publish_text
@@ -93,14 +92,14 @@ def pinned(data: schema.Data, folder: Path) -> schema.Data:
     return data.model_copy(update={"sources": tuple(sources)})
 
 
-def check_sources(folder: Path, readers: list[BlockReader], text_augmentation: str) -> None:
-    """Keep what the run's data is made of in ``sources.json``, or compare it with what was kept; for rank 0.
+def check_sources(folder: Path, readers: list[BlockReader], wordnet: str | None) -> None:
+    """Keep what the run's data is made of in ``sources.json``, or compare it with what was kept; for rank 0. ``wordnet``: digest of the one in use.
 
     Raises:
         UserError: the data is not what the run began with, naming what changed.
     """
     path = folder / "sources.json"
-    now = {"sources": [describe(reader) for reader in readers], "wordnet": open_wordnet().digest if text_augmentation == "eda" else None}
+    now = {"sources": [describe(reader) for reader in readers], "wordnet": wordnet}
     if not path.exists():
         publish_json(path, now)
         return

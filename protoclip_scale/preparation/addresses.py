@@ -30,13 +30,24 @@ def is_public(text: str) -> bool:
 
 
 def check_literal(host: str) -> None:
-    """PrivateAddress if ``host`` is written as an address and is not public; names are left to the resolver."""
+    """PrivateAddress if ``host`` is written as an address and is not public; names are left to the resolver.
+
+    127.1, 0x7f000001, 0177.0.0.1 and 2130706433 are addresses to the system's functions, and not to ``ipaddress``: what ends in a number, as no name does, is refused.
+    """
     try:
         public = is_public(host)
     except ValueError:
+        if _ends_in_number(host):
+            raise PrivateAddress(f"{host} is an address in a form that is not accepted; only 1.2.3.4 and IPv6 are") from None
         return
     if not public:
         raise PrivateAddress(f"{host} is not a public address")
+
+
+def _ends_in_number(host: str) -> bool:
+    """The rule of the WHATWG URL standard, by which such a host is an IPv4 address or nothing: its last part is decimal, or hexadecimal after 0x."""
+    last = host.rstrip(".").rpartition(".")[2].lower()
+    return last.isdecimal() or (last.startswith("0x") and not last[2:].strip("0123456789abcdef")) or not last
 
 
 class PublicResolver(AbstractResolver):

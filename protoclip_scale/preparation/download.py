@@ -115,6 +115,8 @@ class Downloader:
                 jitter = generator(0, "gather back-off", seed, tries).random()
                 wait = self.settings.backoff * 2 ** (tries - 1) * (0.5 + jitter / 2)
                 await asyncio.sleep(min(max(wait, refused.wait), MAX_WAIT_SECONDS))
+            except Exception as error:  # whatever one server says costs one row, not the list
+                return Failure("bad answer", f"{type(error).__name__}: {error}", tries)
 
     async def _follow(self, text: str) -> bytes:
         try:
@@ -197,7 +199,7 @@ def _seconds(retry_after: str) -> float:
     """Retry-After as seconds from now; 0 if it says nothing."""
     if retry_after.strip().isdecimal():
         return float(retry_after)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     return 0.0
 

@@ -22,6 +22,8 @@ def encode(data: bytes, settings: ImageSettings, limits: Limits) -> bytes | Fail
         return Failure("not an image" if str(error) == "not an image" else "unusable image", str(error))
     except MemoryError:
         return Failure("unusable image", "not enough memory to decode it")
+    except Exception as error:  # of one image; the others go on
+        return Failure("unusable image", f"{type(error).__name__}: {error}")
 
 
 def _nothing() -> None:

@@ -85,10 +85,9 @@ def gather(settings: GatherSettings, say: Callable[[str], None] = print) -> Gath
     UserError: another list or other settings than those that ``out`` was begun with. Disk: the shards, and about the list's own size.
     """
     work = settings.out / "gather"
-    work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
         remove_unfinished(settings.out)
-        facts = json.loads(json.dumps(list_facts(settings.list) | {"image": settings.image._asdict()}))  # as list.json will give them back
+        facts = json.loads(json.dumps(_facts(settings)))  # as list.json will give them back
         listed = _prepare(settings, facts, work, say)
         passes = _passes(work)
         writer = ShardWriter(
@@ -110,9 +109,23 @@ def gather(settings: GatherSettings, say: Callable[[str], None] = print) -> Gath
         return Gathered(passes, writer, listed)
 
 
+def _facts(settings: GatherSettings) -> dict[str, Any]:
+    """All that bears on the bytes of the shards, beside what the servers say."""
+    return list_facts(settings.list) | {
+        "image": settings.image._asdict(),
+        "max_bytes": settings.download.max_bytes,
+        "max_pixels": settings.limits.max_pixels,
+        "row_group_rows": settings.row_group_rows,
+    }
+
+
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--out {work.parent} cannot be written: {error.strerror}; name a folder that can") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

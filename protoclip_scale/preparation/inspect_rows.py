@@ -16,8 +16,8 @@ from protoclip_scale.data.samples import draw_sample, read_sample
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.tokenizers import Tokens
 from protoclip_scale.data.views import MAIN, Viewer, Views, Visit
-from protoclip_scale.errors import UserError
 from protoclip_scale.preparation.inspect_statistics import ImageFacts, SourceStatistics, image_facts, source_statistics
+from protoclip_scale.preparation.source_options import pick
 from protoclip_scale.recipe import schema
 
 EVALUATION, MASKED = "evaluation", "masked"
@@ -91,10 +91,7 @@ def inspect(data: schema.Data, look: Look, tokenizer) -> Inspection:
     seed and row id. Raises UserError as BlockReader does, if there is no such source, or if texts need a WordNet that is not there.
     """
     viewer = Viewer(data, look.size, data.plan.seed, data.augmentation, data.text_augmentation, _views(data, look))
-    labels = [source.label for source in data.sources]
-    if look.source not in (None, *labels):
-        raise UserError(f"--source {look.source}: data.sources are {', '.join(labels)}; name one of them")
-    chosen = {number: source for number, source in enumerate(data.sources) if look.source in (None, source.label)}
+    chosen = pick(data, look.source)
     readers = dict(zip(chosen, open_readers(data.model_copy(update={"sources": tuple(chosen.values())})), strict=True))
     sampled = _read(readers, look, viewer.limits)
     statistics = []

@@ -34,6 +34,7 @@ class EvaluationFiles:
     digests: list[str]
     column: str
     settings: Settings
+    retry_seconds: float
 
     def facts(self) -> list[dict[str, Any]]:
         """What identifies them, wherever they lie: names, rows and a hash of each footer."""
@@ -63,20 +64,34 @@ def open_evaluation_files(settings: Settings, retry_seconds: float) -> Evaluatio
             raise UserError(f"--leakage {place.url}: column {settings.leakage_column!r} is {columns.field(settings.leakage_column).type}; it must hold encoded images")
         rows.append(metadata.num_rows)
         digests.append(hashlib.sha256(f"{place.size}{metadata.to_dict()}".encode()).hexdigest()[:32])
-    return EvaluationFiles(places, rows, digests, settings.leakage_column, settings)
+    return EvaluationFiles(places, rows, digests, settings.leakage_column, settings, retry_seconds)
 
 
 def hash_file(files: EvaluationFiles, number: int, advance: Advance) -> tuple[int, np.ndarray, np.ndarray]:
-    """(number, uint64 [rows] perceptual hashes, bool [rows] whether the image could be decoded) of one file."""
-    hashes, usable = [], []
-    for image in _images(files.places[number], files.column):
-        try:
-            hashes.append(perceptual_hash(load_small(image, files.settings.images.short_side, files.settings.limits)[0]))
-            usable.append(True)
-        except BadImage:
-            hashes.append(0)
-            usable.append(False)
-        advance(1)
+    """(number, uint64 [rows] perceptual hashes, bool [rows] whether the image could be decoded) of one file. Remote ones are tried again, from
+    their first row, as their footers are. UserError: it cannot be read, or none of its images decoded."""
+    place, told = files.places[number], 0
+
+    def hash_all() -> tuple[list[int], list[bool]]:
+        nonlocal told
+        hashes, usable = [], []
+        for image in _images(place, files.column):
+            try:
+                hashes.append(perceptual_hash(load_small(image, files.settings.images.short_side, files.settings.limits)[0]))
+                usable.append(True)
+            except BadImage:
+                hashes.append(0)
+                usable.append(False)
+            if len(hashes) > told:
+                told += 1
+                advance(1)
+        return hashes, usable
+
+    hashes, usable = retry(hash_all, files.retry_seconds, "hashing evaluation images", place.url, is_remote(place))
+    if usable and not any(usable):
+        raise UserError(
+            f"--leakage {place.url}: none of its {len(usable):,} images in column {files.column!r} can be decoded, so no row can be compared with them; correct the file or --leakage-column"
+        )
     return number, np.array(hashes, dtype=np.uint64), np.array(usable, dtype=bool)
 
 

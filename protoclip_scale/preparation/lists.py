@@ -8,12 +8,14 @@ csv, tsv: any table whose columns the user names.
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import html
 import json
 import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +37,7 @@ LINES_AT_ONCE = 10_000
 
 # Columns of the YFCC100M metadata, counted from their end, which is the same with and without (line number, ..., hash) in front.
 MARKER, LICENSE, DOWNLOAD_URL, PAGE, DESCRIPTION, TITLE = -1, -7, -9, -10, -16, -17
+PHOTO_ID_DIGITS = 18  # fewer than int64 has
 PHOTO_ID = {25: 1, 23: 0}  # number of columns -> where the photo id stands
 PHOTO = "0"  # marker of photos; videos have 1
 
@@ -91,8 +94,10 @@ def read_rows(path: Path, layout: str, options: ListOptions, dropped: Counter) -
         if not file.is_file():
             raise UserError(f"{file} is not a file; give the list's path, and with yfcc15m_openai the metadata's")
     for row in reader.rows(path, options, dropped):
-        captions = tuple(dict.fromkeys(caption for caption in row.captions if caption))
-        if captions:
+        captions = tuple(dict.fromkeys(caption.encode("utf-8", "replace").decode() for caption in row.captions if caption))
+        if not all(map(_is_utf8, (row.url, *row.extra))):  # JSON may name half a character
+            dropped[BAD_LINE] += 1
+        elif captions:
             yield row._replace(captions=captions)
         else:
             dropped[NO_TEXT] += 1
@@ -103,16 +108,32 @@ def describe_options(layout: str, options: ListOptions) -> dict[str, object]:
     return {name: _plain(value) for name, value in asdict(options).items() if name in LAYOUTS[layout].options}
 
 
-def open_list(path: Path, mode: str = "rt") -> IO:
-    """A list's content, decompressed if it ends in .gz, .bz2 or .xz. Text is UTF-8, undecodable bytes replaced, lines end at \\n alone."""
-    text = {"encoding": "utf-8", "errors": "replace", "newline": "\n"} if "t" in mode else {}
-    return OPENERS.get(path.suffix, open)(path, mode, **text)
+@contextlib.contextmanager
+def open_list(path: Path, mode: str = "rt") -> Iterator[IO]:
+    """A list's content, decompressed if it ends in .gz, .bz2 or .xz. Text is UTF-8 with or without its mark, undecodable bytes replaced, lines end at \\n alone.
+
+    UserError, also while it is read: a file that is cut short, damaged, or may not be read.
+    """
+    text = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"} if "t" in mode else {}
+    try:
+        with OPENERS.get(path.suffix, open)(path, mode, **text) as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); it may be cut short or damaged: fetch it again") from None
 
 
 def clean_web_text(text: str, remove_addresses: bool = False) -> str:
     """A title or description of YFCC100M as text: '+' and %xx decoded, HTML tags removed, entities decoded, white space made single."""
     text = html.unescape(_TAG.sub(" ", unquote_plus(text)))
     return clean_caption(_ADDRESS.sub(" ", text) if remove_addresses else text)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(value: object) -> object:
@@ -137,7 +158,7 @@ def _declip(path: Path, options: ListOptions, dropped: Counter) -> Iterator[Row]
                 caption, url, name = found["caption"], found["url"], found.get("filename", "")
                 captions = [caption] if isinstance(caption, str) else caption
                 yield Row(url.strip(), tuple(map(clean_caption, captions)), (str(name),))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 dropped[BAD_LINE] += 1
 
 
@@ -173,7 +194,7 @@ def _photo_ids(path: Path, dropped: Counter) -> np.ndarray:
     with open_list(path) as lines:
         while batch := list(islice(lines, LINES_AT_ONCE)):
             cells = [line.split("\t") for line in batch]
-            numbers = [int(row[1]) for row in cells if len(row) == 3 and row[1].isdecimal()]
+            numbers = [int(row[1]) for row in cells if len(row) == 3 and _is_photo_id(row[1])]
             dropped[BAD_LINE] += len(batch) - len(numbers)
             ids.append(np.array(numbers, dtype=np.int64))
     every = np.concatenate([*ids, np.empty(0, np.int64)])
@@ -182,6 +203,10 @@ def _photo_ids(path: Path, dropped: Counter) -> np.ndarray:
     if not len(unique):
         raise UserError(f"{path}: no line reads as line number, photo id, photo hash; --list yfcc15m_openai wants yfcc100m_subset_data.tsv")
     return unique
+
+
+def _is_photo_id(cell: str) -> bool:
+    return cell.isdecimal() and len(cell) <= PHOTO_ID_DIGITS
 
 
 def _metadata_lines(files: Iterable[str], dropped: Counter) -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -198,7 +223,7 @@ def _metadata_lines(files: Iterable[str], dropped: Counter) -> Iterator[tuple[np
                         )
                     column = PHOTO_ID[columns]
                 cells = [line.split("\t", column + 1)[: column + 1][-1] for line in batch]
-                yield np.array([int(cell) if cell.isdecimal() else -1 for cell in cells], dtype=np.int64), batch
+                yield np.array([int(cell) if _is_photo_id(cell) else -1 for cell in cells], dtype=np.int64), batch
 
 
 def _random_text(title: str, description: str, photo_id: int) -> tuple[str, ...]:

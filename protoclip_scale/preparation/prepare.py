@@ -20,19 +20,19 @@ from protoclip_scale.data.sources.filesystems import is_remote
 from protoclip_scale.data.sources.formats import SourceLimits
 from protoclip_scale.data.sources.reader import BlockReader
 from protoclip_scale.errors import UserError
+from protoclip_scale.files import publish_json
 from protoclip_scale.preparation import decisions as decided
 from protoclip_scale.preparation import pool
 from protoclip_scale.preparation.decisions import EvaluationHashes
 from protoclip_scale.preparation.inputs import InputRows
 from protoclip_scale.preparation.leakage import EvaluationFiles, hash_file, open_evaluation_files
 from protoclip_scale.preparation.progress import ProgressBar
-from protoclip_scale.preparation.report import write_report
+from protoclip_scale.preparation.report import REPORT, reasons_line, write_report
 from protoclip_scale.preparation.settings import Settings, claim_folder, refuse_foreign
 from protoclip_scale.preparation.shards import remove_unfinished
-from protoclip_scale.preparation.work import DECISIONS, Job, encode_shards, finish_shards
+from protoclip_scale.preparation.work import DECISIONS, UNDECODABLE_EVALUATION, Job, encode_shards, finish_shards
 from protoclip_scale.recipe import schema
 
-EVALUATION_HASHES = "evaluation.npz"
 BYTES_PER_PIXEL = 0.35  # of a photograph as JPEG or WebP at quality 90, for the check of free space
 
 
@@ -49,9 +49,11 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the sources into the folder ``out``; the report, which is in OUT/report.json too. Progress goes to ``stream`` (default: stderr).
 
-    UserError: input that is missing or unusable, a folder that holds something else, a disk that is full. After any of them, and after a kill, the same call goes on.
+    UserError: input that is missing or unusable, or of which nothing is kept, a folder that holds something else, a disk that is full. After any of them, and after a kill, the same call goes on.
     Memory: per process one block of the input and one row group; with de-duplication about 100 bytes a row in all beside that.
     """
+    if not retry_seconds >= 0:
+        raise UserError(f"--retry-seconds {retry_seconds:g}: must be at least 0")
     started = time.monotonic()
     out, stream = Path(out), stream or sys.stderr
     limits = SourceLimits(max_bytes=settings.limits.max_bytes, max_members=max_members)
@@ -67,11 +69,14 @@ def prepare(
         shards = range(job.final.num_shards(job.rows.num_rows))
         _encode(job, [shard for shard in shards if not (job.first.is_complete(shard) or job.final.is_complete(shard))], processes, stream)
         if settings.drops_afterwards:
-            if not (job.reports / DECISIONS).exists():
+            if not all((job.reports / name).exists() for name in (DECISIONS, UNDECODABLE_EVALUATION)):
                 _decide(job, shards, evaluation, processes, stream)
             _finish(job, [shard for shard in shards if not job.final.is_complete(shard)], processes, stream)
             shutil.rmtree(job.first.folder, ignore_errors=True)
-        return write_report(job, evaluation, time.monotonic() - started, processes)
+        report = write_report(job, evaluation, time.monotonic() - started, processes)
+    if not report["rows"]["kept"]:
+        raise UserError(f"--out {out}: none of {report['rows']['read']:,} rows was kept ({reasons_line(report)}); {out / REPORT} says more")
+    return report
 
 
 def _whole(source: schema.Source) -> schema.Source:
@@ -106,6 +111,7 @@ def _evaluation_hashes(job: Job, evaluation: EvaluationFiles, processes: int, st
         with ProgressBar("hashing evaluation images", sum(evaluation.rows), stream=stream) as bar:
             for number, hashes, usable in pool.run(hash_file, evaluation, range(len(evaluation.places)), processes, bar.advance):
                 files[number] = hashes, usable
+    publish_json(job.reports / UNDECODABLE_EVALUATION, [int((~files[number][1]).sum()) for number in sorted(files)])
     hashes, usable = (np.concatenate([np.empty(0, dtype), *(files[number][part] for number in sorted(files))]) for part, dtype in ((0, np.uint64), (1, bool)))
     return EvaluationHashes(hashes[usable], np.flatnonzero(usable))
 

@@ -15,7 +15,7 @@ from protoclip_scale.files import publish_json, publish_text, sync
 from protoclip_scale.preparation import decisions as decided
 from protoclip_scale.preparation.decisions import EXACT, LEAKED, NEAR, REASONS
 from protoclip_scale.preparation.leakage import EvaluationFiles
-from protoclip_scale.preparation.work import DECISIONS, EMPTY_CAPTION, UNDECODABLE, Job
+from protoclip_scale.preparation.work import DECISIONS, EMPTY_CAPTION, UNDECODABLE, UNDECODABLE_EVALUATION, Job
 from protoclip_scale.report.plain import count, counted, duration, percent
 
 REPORT, BAD_ROWS, DUPLICATES, LEAKS = "report.json", "bad_rows.jsonl", "duplicates.jsonl", "leaked.jsonl"
@@ -31,6 +31,7 @@ def write_report(job: Job, evaluation: EvaluationFiles, seconds: float, processe
     shards = range(job.final.num_shards(job.rows.num_rows))
     decisions = decided.load(job.reports / DECISIONS) if job.settings.drops_afterwards else None
     reasons = Counter(decisions.reason.tolist()) if decisions else Counter()
+    unusable = json.loads((job.reports / UNDECODABLE_EVALUATION).read_text(encoding="utf-8")) if decisions else []
     sums: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     undecodable: Counter[str] = Counter()
@@ -66,7 +67,7 @@ def write_report(job: Job, evaluation: EvaluationFiles, seconds: float, processe
         "processes": processes,
         "settings": job.settings.facts(),
         "sources": [{"name": reader.name, "rows": int(reader.block_rows.sum()), "fingerprint": reader.fingerprint} for reader in job.rows.readers],
-        "leakage": evaluation.facts(),
+        "leakage": [facts | {"undecodable": number} for facts, number in zip(evaluation.facts(), unusable, strict=True)],
         "recipe": recipe_lines(job),
     }
     publish_text(job.out / "README.md", _readme(report))
@@ -103,6 +104,20 @@ def summary_line(report: dict[str, Any]) -> str:
         f"{size['input_images'] / 1e6:,.1f} MB of images in, {size['shards'] / 1e6:,.1f} MB in {count(report['shards'])} shards out, {duration(report['seconds'])} "
         f"with {counted(report['processes'], 'worker')} ({count(report['rows_per_worker_second'])} rows/s each)"
     )
+
+
+def leakage_lines(report: dict[str, Any]) -> list[str]:
+    """A line for each evaluation file with images that no row could be compared with."""
+    return [
+        f"{file['file']}: {count(file['undecodable'])} of {count(file['rows'])} evaluation images cannot be decoded; rows that show them were not found"
+        for file in report["leakage"]
+        if file["undecodable"]
+    ]
+
+
+def reasons_line(report: dict[str, Any]) -> str:
+    """Why rows were left out, with their numbers, in one line."""
+    return ", ".join(f"{name} {number:,}" for name, number in _lines(report["rows"])[2:] if number)
 
 
 def _lines(rows: dict[str, Any]) -> list[tuple[str, int]]:

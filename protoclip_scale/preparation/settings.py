@@ -40,7 +40,7 @@ class Settings:
             raise UserError(f"--radius {self.radius}: from 0 (only equal hashes) to {MAX_RADIUS} of 64 bits")
         if not 1 <= self.images.quality <= 100:
             raise UserError(f"--quality {self.images.quality}: from 1 to 100")
-        for name, value in (("--short-side", self.images.short_side), ("--rows-per-shard", self.rows_per_shard), ("--row-group", self.row_group_rows), ("--limit", self.limit)):
+        for name, value in (("--short-side", self.images.short_side), ("--rows-per-shard", self.rows_per_shard), ("--row-group", self.row_group_rows), ("--limit", self.limit), ("--max-pixels", self.limits.max_pixels), ("--max-bytes", self.limits.max_bytes)):
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")
         assert self.deduplicate in DEDUPLICATE and self.deduplicate_by in DEDUPLICATE_BY and self.empty_caption in EMPTY_CAPTION

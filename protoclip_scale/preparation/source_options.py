@@ -3,6 +3,7 @@
 import argparse
 import glob
 import os
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from protoclip_scale.data.sources.filesystems import is_url
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
+from protoclip_scale.recipe.load import load_recipe
 
 # option -> key of schema.Source
 KEYS = {
@@ -65,7 +67,7 @@ def _folder_format(files: list[str]) -> str | None:
     """The layout of what lies in a folder, if one local folder is named: parquet or tar files, else images; None for anything else."""
     if len(files) != 1 or not Path(files[0]).is_dir():
         return None
-    suffixes = {path.suffix for path in Path(files[0]).iterdir()}
+    suffixes = {path.suffix for path in Path(files[0]).iterdir() if path.stem != "metadata"}  # metadata.parquet belongs to a folder of images
     return next((schema.SUFFIX_FORMATS[suffix] for suffix in (".parquet", ".tar") if suffix in suffixes), "folder")
 
 
@@ -94,4 +96,27 @@ def source_of(arguments: argparse.Namespace, root: str = ".") -> schema.Source:
     try:
         return schema.Source.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ").replace("data.sources ", "--from ")) from None
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ").replace("data.sources ", f"{'--from' if arguments.files else '--hub'} ")) from None
+
+
+def resolve(arguments: argparse.Namespace, root: str = ".") -> tuple[schema.Recipe | None, schema.Data]:
+    """What is asked for: the recipe, if one is named, and its section data; else one source, its files relative to ``root``, with the defaults."""
+    if arguments.recipe:
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        return recipe, recipe.data
+    return None, schema.Data(root=root, sources=[source_of(arguments, root)], plan=schema.Plan(global_batch=8))
+
+
+def pick(data: schema.Data, label: str | None) -> dict[int, schema.Source]:
+    """The sources by their numbers; only that of ``label`` if one is given. UserError: there is none."""
+    chosen = {number: source for number, source in enumerate(data.sources) if label in (None, source.label)}
+    if not chosen:
+        raise UserError(f"--source {label}: data.sources are {', '.join(source.label for source in data.sources)}; name one of them")
+    return chosen
+
+
+def refuse_unused(arguments: argparse.Namespace, names: Sequence[str], needed: str) -> None:
+    """UserError if one of these options is given (not None, False or empty), which have no effect without ``needed``."""
+    for name in names:
+        if getattr(arguments, name) not in (None, False, []):
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {needed}; leave it out")

@@ -21,6 +21,7 @@ from protoclip_scale.preparation.shards import MAX_GROUP_BYTES, Pair, ShardFile,
 
 UNDECODABLE, EMPTY_CAPTION = "undecodable", "empty caption"
 NO_IMAGE = "no image: its file is missing, unreadable or over the limit of bytes"
+UNDECODABLE_EVALUATION = "evaluation.json"  # of each evaluation file: how many of its images cannot be decoded
 DECISIONS = "dropped.npz"  # rows that repeat others: numbers, reasons, and what each repeats
 
 

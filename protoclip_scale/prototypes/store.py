@@ -73,10 +73,13 @@ class FeatureStore:
         layout = {"schema_version": SCHEMA_VERSION, "columns": dict(columns), "dtype": dtype, "rows": part_rows, "info": info or {}}
         layout = json.loads(json.dumps(layout))
         path = Path(folder) / "layout.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            publish_json(path, layout)
-        found = _read_json(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                publish_json(path, layout)
+        except OSError as error:
+            raise UserError(f"feature store {folder} cannot be written: {error.strerror}; choose another folder") from None
+        found = read_facts(path)
         if found != layout:
             different = [key for key in layout if found.get(key) != layout[key]]
             raise UserError(
@@ -121,13 +124,16 @@ class FeatureStore:
                 "it was never finished: run what writes it again" if (folder / "layout.json").exists() else "there is none: check the path"
             )
             raise UserError(f"feature store {folder}: no manifest.json; {state}")
-        manifest = _read_json(folder / "manifest.json")
+        manifest = read_facts(folder / "manifest.json")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
                 f"feature store {folder}: schema version {manifest.get('schema_version')}, not {SCHEMA_VERSION}; make it again"
             )
-        complete = manifest.pop("complete")
-        store = cls(folder, manifest, complete)
+        try:
+            complete = manifest.pop("complete")
+            store = cls(folder, manifest, complete)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"feature store {folder}: manifest.json is damaged ({error!r}); remove that folder and make the store again") from None
         for part in complete:
             store._check_part(part)
         return store
@@ -282,6 +288,17 @@ class Writer:
             self._lock.close()
 
 
+def check_folder(out: Path) -> None:
+    """UserError if a folder ``out`` cannot be made, or written into if it is there: before hours of work that would end in it. Touches nothing."""
+    existing = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.exists(place))
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is a file; name a folder")
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: features get a folder of their own, and one beside it while they are made; name a new one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {existing} cannot be written; choose another folder")
+
+
 def _make(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """A file of zeros, unless it exists. Its whole size is taken from the disk at once: a mapped page without a place there ends the process by a signal."""
     if path.exists():
@@ -300,11 +317,15 @@ def _make(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     os.replace(temporary, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """layout.json or manifest.json. UserError if it is no JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"feature store {path.parent}: {path.name} cannot be read ({error}); make the store again") from None
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"feature store {path.parent}: {path.name} cannot be read ({error}); remove that folder and make the store again") from None
+    return facts
 
 
 def _short(layout: dict[str, Any], keys: list[str], limit: int = 160) -> str:

@@ -17,6 +17,7 @@ from protoclip_scale.prototypes.store import FeatureStore
 
 COLUMN = "teacher"
 KIND = "teacher features"
+NOT_COLUMNS = ("name", "fingerprint")  # of what describe_source says
 
 
 def describe_source(reader: BlockReader, columns: dict[str, str]) -> dict[str, str]:
@@ -48,10 +49,11 @@ class TeacherFeatures:
 
 
 def open_teacher(folder: str | Path, index: Index) -> TeacherFeatures:
-    """The teacher's features of an index's sources, found by fingerprint; the store may hold more sources, in any order.
+    """The teacher's features of an index's sources, found by fingerprint; the store may hold more sources, in any order. Of several
+    parts made from the same data and columns, that with the source's own number is taken.
 
-    Raises UserError if the store is missing or unfinished, is no teacher's, was made from other data (naming both), or has
-    another number of rows than a source.
+    Raises UserError if the store is missing or unfinished, is no teacher's, was made from other data (naming both), has another
+    number of rows than a source, or has several parts for it that may differ.
     """
     store = FeatureStore.open(folder)
     if store.info.get("kind") != KIND or COLUMN not in store.columns:
@@ -59,16 +61,15 @@ def open_teacher(folder: str | Path, index: Index) -> TeacherFeatures:
             f"teacher features {folder}: this feature store was not made by tools/extract_teacher.py; "
             "set objectives.teacher.features to one that was"
         )
-    there = [source["fingerprint"] for source in store.info["sources"]]
     parts, first_rows = [], []
     for number, (name, fingerprint) in enumerate(zip(index.source_names, index.fingerprints, strict=True)):
-        if fingerprint not in there:
+        part = _part_of(store, number, name, fingerprint)
+        if part is None:
             known = ", ".join(f"{source['name']} ({source['fingerprint'][:16]})" for source in store.info["sources"])
             raise UserError(
                 f"teacher features {folder} were made from other data: source {name} has fingerprint {fingerprint[:16]}, "
                 f"they are of {known}; run tools/extract_teacher.py on this recipe, or correct objectives.teacher.features"
             )
-        part = there.index(fingerprint)
         block_rows = index.block_rows[index.block_source == number]
         if block_rows.sum() != store.part_rows[part]:
             raise UserError(
@@ -78,3 +79,21 @@ def open_teacher(folder: str | Path, index: Index) -> TeacherFeatures:
         parts.append(part)
         first_rows.append(np.concatenate([[0], np.cumsum(block_rows)]))
     return TeacherFeatures(store, np.array(parts), first_rows)
+
+
+def _part_of(store: FeatureStore, number: int, name: str, fingerprint: str) -> int | None:
+    """The part for the source with this number; None if no part was made from its data."""
+    sources = store.info["sources"]
+    parts = [part for part, source in enumerate(sources) if source["fingerprint"] == fingerprint]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    columns = [{key: value for key, value in sources[part].items() if key not in NOT_COLUMNS} for part in parts]
+    if all(each == columns[0] for each in columns):
+        if number in parts:
+            return number
+        if columns[0]:  # an encoder's: the same data through the same columns has the same features
+            return parts[0]
+    raise UserError(
+        f"teacher features {store.folder} have {len(parts)} parts for source {name}, which may differ: parts {', '.join(map(str, parts))}, none of them sure to be "
+        f"that of source {number}; run tools/extract_teacher.py on this recipe"
+    )

@@ -9,7 +9,6 @@ Every step is a function of a unit or of all of them, never of processes or of w
 on with the units that are not on disk, by as many processes as there are now, and ends with the same bytes. Each unit is encoded once.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import pyarrow as pa
 from protoclip_scale import collectives
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.prototypes.store import FeatureStore, check_folder, read_facts
 from protoclip_scale.prototypes.teacher import COLUMN, KIND, describe_source
 from protoclip_scale.prototypes.teacher_encoders import Encoder
 from protoclip_scale.prototypes.teacher_pca import Projection, fit_pca
@@ -60,7 +59,7 @@ def extract_teacher(
     _check_sizes(dim, pca_rows, work.num_rows, encoder)
     info: dict[str, Any] = {"kind": KIND, "sources": [describe_source(reader, encoder.columns(reader.source)) for reader in readers]}
     info |= encoder.info | {"dim": dim or encoder.width, "pca_rows": pca_rows if dim else 0}
-    partial = out.with_name(out.name + ".partial")
+    partial = out.parent / (out.name + ".partial")
     if not collectives.from_rank_zero(lambda: _is_finished(out, info, dtype)):
         report = report if collectives.rank() == 0 else lambda line: None
         collectives.from_rank_zero(lambda: _check_input(readers, work, encoder, partial, dim, pca_rows, dtype))
@@ -81,10 +80,12 @@ def _check_sizes(dim: int, pca_rows: int, num_rows: int, encoder: Encoder) -> No
 
 def _is_finished(out: Path, info: dict[str, Any], dtype: str) -> bool:
     """UserError, before anything is encoded, if ``out`` holds something else, be it unfinished."""
+    check_folder(out)
     if not (out / "layout.json").exists():
         return False
-    layout = json.loads((out / "layout.json").read_text(encoding="utf-8"))
-    if {key: layout["info"].get(key) for key in info} != info or layout["dtype"] != dtype:
+    layout = read_facts(out / "layout.json")
+    there = layout.get("info")
+    if not isinstance(there, dict) or {key: there.get(key) for key in info} != info or layout.get("dtype") != dtype:
         raise UserError(f"--out {out} holds features of another teacher or of other data; remove that folder or choose another")
     return (out / "manifest.json").exists()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes.store import BLOCK_ROWS, FeatureStore, let_pages_go
+from protoclip_scale.prototypes.store import BLOCK_ROWS, FeatureStore, check_folder, let_pages_go
 from protoclip_scale.prototypes.teacher import COLUMN, KIND, describe_source
 
 HASH_BYTES = 1 << 24
@@ -42,6 +42,7 @@ def import_npy(path: str | Path, readers: Sequence[BlockReader], out: str | Path
     numbers, of another number of rows than the sources have, or if ``out`` holds something else. Reads the file twice.
     """
     path, out = Path(path), Path(out)
+    check_folder(out)
     source_rows = [int(reader.block_rows.sum()) for reader in readers]
     array = _open(path)
     if len(array) != sum(source_rows):

@@ -20,7 +20,8 @@ from protoclip_scale.recipe.rules import contradictions
 PATHS = ("data.root", "objectives.*.features")
 PATHS_OR_NAMES = ("model.init_from", "model.text.name")
 # What a run may change when it goes on; schedule.total only with --extend.
-MAY_CHANGE = ("run.*", "evaluation.*", "data.workers", "data.retry_seconds", "data.prepare")
+# The data may lie elsewhere: its fingerprint is compared.
+MAY_CHANGE = ("run.*", "evaluation.*", "data.root", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.prepare")
 
 
 class _Origin(NamedTuple):

@@ -21,7 +21,7 @@ LN_100 = math.log(100)
 class Section(BaseModel):
     """A part of a recipe: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +78,7 @@ class Source(Section):
     split: str = Field("train", description="Split of the Hub dataset.")
     format: Literal["parquet", "tar", "csv", "tsv", "json", "jsonl", "folder", "hub"] = Field(description="Layout of the files; by default what their suffix says. tar: shards as webdataset writes them. csv, tsv, json, jsonl: image paths with captions. folder: images with metadata.csv, metadata.jsonl, metadata.parquet, or a .txt beside each.")
     columns: SourceColumns = Field(description="Which columns to read.")
-    image_root: str | None = Field(None, description="Folder or URL that the image paths of a table are relative to; by default the table's own folder.")
+    image_root: str | None = Field(None, description="Folder or URL that the image paths of a table are relative to, itself relative to `data.root`; by default the table's own folder.")
     separator: str | None = Field(None, min_length=1, max_length=1, description="Character between the columns of csv and tsv files; by default comma and tab.")
     header: tuple[str, ...] | None = Field(None, description="Column names of csv and tsv files that have no line with them, in order.")
     weight: float | None = Field(None, gt=0, description="Share of the rows in every episode, relative to the other sources' weights; set it for all sources or none. Without weights each source counts with all its rows.")
@@ -102,6 +102,11 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        empty = [key for key, value in (("files", self.files), ("columns.caption", self.columns.caption), ("header", self.header)) if value is not None and not value]
+        if empty:
+            raise ValueError(f"data.sources {self.label or self.format}: {empty[0]} is empty; name at least one, or leave the key out")
+        if self.separator is not None and (self.separator in "\"\r\n" or not self.separator.isprintable() and self.separator != "\t"):
+            raise ValueError(f"data.sources {self.label}: separator {self.separator!r} cannot separate columns; use a comma, a tab or the like")
         if (self.files is None) == (self.hub is None):
             raise ValueError(f"data.sources{f' {self.name}' if self.name else ''}: give either files or hub")
         if (self.format == "hub") != (self.hub is not None):

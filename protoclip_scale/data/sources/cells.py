@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from protoclip_scale.data.sources.columns import is_extra
 from protoclip_scale.data.sources.formats import CAPTIONS, Images, Place, SourceLimits
 from protoclip_scale.data.sources.image_files import ImageRoot
 from protoclip_scale.errors import UserError
@@ -77,6 +78,11 @@ def merged_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return None
 
 
+def merged_text_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type of LADDER that holds the cells of both."""
+    return max(one, other, key=LADDER.index)
+
+
 def is_plain(kind: pa.DataType) -> bool:
     """Whether an extra column may have the type: a scalar, or a list of scalars."""
     kind = kind.value_type if pa.types.is_list(kind) else kind
@@ -111,6 +117,14 @@ def assemble(
     columns: dict[str, Any] = {"image": root.read_images(wanted, limits.max_bytes)} if images else {}
     columns["captions"] = captions if isinstance(captions, (pa.Array, pa.ChunkedArray)) else _array(captions, CAPTIONS)
     return pa.table(columns | {name: extras[name] for name in source.columns.extra})
+
+
+def check_extra(columns: pa.Schema, place: Place, source: schema.Source) -> None:
+    """UserError if an extra column of a parquet file has a type that is not read."""
+    for name in source.columns.extra:
+        kind = columns.field(name).type
+        if not is_extra(kind):
+            raise UserError(f"column {name!r} of {place.url} is {kind}; columns.extra takes neither maps nor lists of images: leave it out")
 
 
 def check_names(present: Sequence[str], place: Place, source: schema.Source, hint: str = "") -> None:

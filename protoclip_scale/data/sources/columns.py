@@ -34,6 +34,15 @@ def is_caption(kind: pa.DataType) -> bool:
     return is_text(kind)
 
 
+def is_extra(kind: pa.DataType) -> bool:
+    """Whether ``extra_column`` can return it: all but maps, and lists of images."""
+    if is_list(kind):
+        return not (pa.types.is_struct(kind.value_type) and is_image(kind.value_type)) and is_extra(kind.value_type)
+    if pa.types.is_struct(kind):
+        return all(is_extra(kind.field(number).type) for number in range(kind.num_fields))
+    return not pa.types.is_map(kind)
+
+
 def image_column(column: Column) -> pa.ChunkedArray:
     """Encoded bytes of a column for which ``is_image`` holds; large_binary."""
     column = _chunked(column)

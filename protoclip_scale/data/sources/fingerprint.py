@@ -10,14 +10,19 @@ from protoclip_scale.recipe import schema
 SHOWN = 3  # names of each kind of change
 
 
-def fingerprint(source: schema.Source, layout: str, places: list[Place], scans: list[FileScan], columns: dict[str, str]) -> str:
-    """sha256 of the layout, the image and caption columns with their types, and each file's path under the root, size, rows of its blocks and digest.
+def fingerprint(
+    source: schema.Source, image_root: str | None, layout: str, places: list[Place], scans: list[FileScan], columns: dict[str, str]
+) -> str:
+    """sha256 of the layout, the image and caption columns with their types and in their order, where a table's images lie, and each file's path under the
+    root, size, rows of its blocks and digest.
 
     Neither the root nor the cache bears on it; extra columns do not either, for they change no row.
     """
     facts = {
         "layout": layout,
-        "columns": columns,
+        "image": (source.columns.image, columns.get(source.columns.image)),
+        "captions": [(name, columns.get(name)) for name in source.columns.captions],
+        "image_root": image_root,
         "separator": source.separator,
         "header": source.header,
         "files": [(place.relative, place.size, scan.rows, scan.digest) for place, scan in zip(places, scans, strict=True)],
@@ -39,6 +44,9 @@ def describe(reader) -> dict[str, Any]:
         "format": reader.layout,
         "commit": reader.commit,
         "columns": {name: str(kind) for name, kind in reader.column_types.items()},
+        "image": reader.source.columns.image,
+        "captions": list(reader.source.columns.captions),
+        "image_root": reader.image_root,
         "files": files,
         "rows": sum(file["rows"] for file in files),
         "fingerprint": reader.fingerprint,
@@ -57,6 +65,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         *_change("format", before["format"], now["format"]),
         *_change("commit", before["commit"], now["commit"]),
         *_change("columns", _columns(before), _columns(now)),
+        *_change("image column", before["image"], now["image"]),
+        *_change("caption columns", ", ".join(before["captions"]), ", ".join(now["captions"])),
+        *_change("image_root", before["image_root"], now["image_root"]),
         *_files("missing", [name for name in old if name not in new]),
         *_files("new", [name for name in new if name not in old]),
         *_files("with another number of rows", [f"{name} ({old[name]['rows']} -> {new[name]['rows']})" for name in rows]),

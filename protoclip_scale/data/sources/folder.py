@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from protoclip_scale.data.sources.cells import assemble, check_names
+from protoclip_scale.data.sources.cells import assemble, check_extra, check_names
 from protoclip_scale.data.sources.columns import captions_column, extra_column, is_caption, is_text
 from protoclip_scale.data.sources.filesystems import without_query
 from protoclip_scale.data.sources.formats import BLOCK_LINES, FileScan, Images, Place, SourceLimits, register
@@ -62,6 +62,7 @@ class ParquetMetadata:
             kind = scan.columns.field(name).type
             if not is_caption(kind):
                 raise UserError(f"column {name!r} of {place.url} is {kind}; it must hold a string or a list of strings")
+        check_extra(scan.columns, place, source)
 
     def read_rows(
         self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits, root: ImageRoot
@@ -120,6 +121,7 @@ class Folder:
     block_noun = "block of files"
     images_apart = True
     cacheable = False  # the time of a folder does not change with the files in the folders in it
+    text_cells = False
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
         """With metadata, what scanning it costs; without, a listing with sizes: 10 microseconds a file on a local disk, some requests

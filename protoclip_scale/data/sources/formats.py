@@ -60,6 +60,7 @@ class Format(Protocol):
     block_noun: str  # what messages call a block: 'row group', 'shard', 'lines'
     images_apart: bool  # images are files of their own: ``read`` opens only those of the rows that ``images`` names
     cacheable: bool  # whether size and time of a place tell that its scan still holds
+    text_cells: bool  # extra columns are cast from text: one that is a number in some files only is a string in all
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
         """Blocks, columns and digest of one file. UserError for content that no retry mends."""

@@ -27,6 +27,11 @@ def resolve(source: schema.Source, retry: Callable[[Callable[[], Any], str, str]
         raise UserError(
             f"{place} holds its rows as {module}, which is not read from the Hub; supported are {', '.join(LAYOUTS)}. Download it and run tools/prepare_data.py"
         )
+    outside = next((file for file in files if not file.startswith(f"{place}@{commit}/") or ".." in file.split("/")), None)
+    if outside is not None:
+        raise UserError(
+            f"{place}: its card names a file outside of the dataset ({outside[:200]}), which is not read; use another config, or download the files"
+        )
     if layout != "tar":  # one module reads several of our formats
         suffix = "." + files[0].rpartition(".")[2]
         layout = SUFFIX_FORMATS.get(suffix, layout)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from protoclip_scale.data.sources.filesystems import is_url, open_filesystem, protocol_of, without_query
 from protoclip_scale.data.sources.formats import IMAGE, Place
 from protoclip_scale.data.sources.ranges import attempt, is_local, is_missing
+from protoclip_scale.data.sources.retry import PASSING_STATUSES, causes, status_of
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 
@@ -44,6 +45,8 @@ IMAGE_SUFFIXES = (
 )
 NUM_LOCAL_THREADS, NUM_REMOTE_THREADS = 8, 32
 NUM_SIZES = 32  # images whose size is looked up to estimate the bytes of a block
+RANGE_NOT_SATISFIABLE = 416
+NOT_LOGGED_IN = {401, 407}
 NOT_USABLE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -80,10 +83,23 @@ def read_remote(filesystem: fsspec.AbstractFileSystem, path: str, max_bytes: int
     except Exception as error:
         if is_missing(error):
             return None
+        if is_refused(error) and status_of(error) != RANGE_NOT_SATISFIABLE:
+            raise
         if attempt(lambda: filesystem.info(path)).get("size") == 0:  # a range of an empty file cannot be satisfied
             return b""
         raise
     return data if len(data) <= max_bytes else None
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether a server refuses this one file for good: any lasting 4xx but those that say that nobody is logged in (any more)."""
+    codes = [cause.response.get("Error", {}).get("Code", "") for cause in causes(error) if isinstance(getattr(cause, "response", None), dict)]
+    if any("Token" in code or "Expired" in code for code in codes):  # S3 answers 400 or 403 then
+        return False
+    status = status_of(error)
+    if status is None:
+        return isinstance(list(causes(error))[-1], PermissionError)
+    return 400 <= status < 500 and status not in PASSING_STATUSES | NOT_LOGGED_IN
 
 
 def in_parallel(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> list[Result]:
@@ -119,11 +135,13 @@ def in_parallel(function: Callable[[Item], Result], items: Sequence[Item], num_t
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """Where relative image paths start. ``confined``: paths that lead out of it count as missing."""
+    """Where relative image paths start. ``confined``: paths that lead out of it count as missing. ``absolute``: with a remote root, absolute
+    paths are files of this machine; else they count as missing."""
 
     filesystem: fsspec.AbstractFileSystem
     path: str
     confined: bool = False
+    absolute: bool = False
 
     def _locate(self, name: str | None) -> tuple[bool, str] | None:
         """(whether it lies on this machine, path), or None."""
@@ -137,10 +155,12 @@ class ImageRoot:
                 return None
             return True, path
         if posixpath.isabs(name):
-            return True, name
-        if protocol_of(self.path) in ("http", "https"):
-            name = urllib.parse.quote(name)
-        return False, posixpath.join(self.path, name)
+            return (True, name) if self.absolute else None
+        try:
+            quoted = urllib.parse.quote(name)
+        except ValueError:  # half of a character
+            return None
+        return False, posixpath.join(self.path, quoted if protocol_of(self.path) in ("http", "https") else name)
 
     def _read(self, name: str | None, max_bytes: int) -> bytes | None:
         located = self._locate(name)
@@ -150,18 +170,31 @@ class ImageRoot:
         return read_local(path, max_bytes) if local else read_remote(self.filesystem, path, max_bytes)
 
     def read(self, names: Sequence[str | None], max_bytes: int) -> list[bytes | None]:
-        """The files' bytes in order; None where one is missing, not readable or longer than ``max_bytes``. Remote errors are raised after
-        some attempts. 1,000 small files from a warm page cache take about 20 ms."""
-        return in_parallel(
-            lambda name: self._read(name, max_bytes), names, NUM_LOCAL_THREADS if is_local(self.filesystem) else NUM_REMOTE_THREADS
-        )
+        """The files' bytes in order; None where one is missing, not readable, refused or longer than ``max_bytes``. Remote errors are raised
+        after some attempts, a refusal only if all remote files of the call are refused. 1,000 small files from a warm page cache take about
+        20 ms."""
+        refusals: list[Exception] = []
+
+        def one(name: str | None) -> bytes | None:
+            try:
+                return self._read(name, max_bytes)
+            except Exception as error:
+                if is_local(self.filesystem) or not is_refused(error):
+                    raise
+                refusals.append(error)
+                return None
+
+        found = in_parallel(one, names, NUM_LOCAL_THREADS if is_local(self.filesystem) else NUM_REMOTE_THREADS)
+        if refusals and len(refusals) == sum(located is not None and not located[0] for located in map(self._locate, names)):
+            raise refusals[0]
+        return found
 
     def read_images(self, names: Sequence[str | None], max_bytes: int) -> pa.Array:
         """``read`` as a column."""
         return pa.array(self.read(names, max_bytes), IMAGE)
 
     def mean_size(self, names: Sequence[str | None]) -> int:
-        """Mean bytes of NUM_SIZES of the files, evenly spread; 0 if none of them is there."""
+        """Mean bytes of NUM_SIZES of the files, evenly spread; 0 if the size of none can be had."""
         step = max(1, len(names) // NUM_SIZES)
         sizes = [size for size in in_parallel(self._size, names[::step][:NUM_SIZES], NUM_SIZES) if size is not None]
         return sum(sizes) // len(sizes) if sizes else 0
@@ -173,10 +206,8 @@ class ImageRoot:
         local, path = located
         try:
             return os.stat(path).st_size if local else attempt(lambda: self.filesystem.info(path)).get("size")
-        except Exception as error:
-            if isinstance(error, ValueError) or (error.errno in NOT_USABLE if local else is_missing(error)):
-                return None
-            raise
+        except Exception:  # an estimate is worth no error; reading the file tells
+            return None
 
 
 def within(folder: str, path: str) -> bool:
@@ -189,9 +220,10 @@ def within(folder: str, path: str) -> bool:
 
 
 def image_root(place: Place, source: schema.Source) -> ImageRoot:
-    """``image_root`` of the source, or the folder of the table."""
+    """``image_root`` of the source, or the folder of the table. Only a table on this machine may name any file of it, unless the user's
+    ``image_root`` lies here too: what a server holds was written by others."""
     if source.image_root is not None:
-        return ImageRoot(*open_filesystem(source.image_root))
+        return ImageRoot(*open_filesystem(source.image_root), absolute=is_local(place.filesystem))
     return ImageRoot(place.filesystem, posixpath.dirname(without_query(place.path)))
 
 

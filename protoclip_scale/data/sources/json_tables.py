@@ -197,6 +197,7 @@ class JsonTable:
     block_noun = "block of objects"
     images_apart = True
     cacheable = True
+    text_cells = False
 
     def __init__(self, suffix: str, layout: JsonLines | JsonArray):
         self.suffixes = (suffix,)

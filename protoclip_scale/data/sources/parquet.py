@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protoclip_scale.data.sources import streaming
+from protoclip_scale.data.sources.cells import check_extra
 from protoclip_scale.data.sources.columns import captions_column, extra_column, image_column, is_caption, is_image
 from protoclip_scale.data.sources.formats import FileScan, Images, Place, SourceLimits, register
 from protoclip_scale.errors import UserError
@@ -24,6 +25,7 @@ class Parquet:
     block_noun = "row group"
     images_apart = False
     cacheable = True
+    text_cells = False
 
     def __init__(self):
         self._opened: collections.OrderedDict[tuple, object] = collections.OrderedDict()
@@ -64,6 +66,7 @@ class Parquet:
             kind = scan.columns.field(name).type
             if not is_caption(kind):
                 raise UserError(f"column {name!r} of {place.url} is {kind}; it must hold a string or a list of strings")
+        check_extra(scan.columns, place, source)
 
     def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One row group through a one-shard streaming dataset; the image column is not read without ``images``. Local: 2 ms beside its bytes, 4 more

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -15,6 +16,12 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between attempts; doubled each
 SAY_SO_AFTER = 10.0  # seconds of retries before a line goes to the log
 PASSING_STATUSES = {408, 425, 429}  # besides every 5xx
 LASTING = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "GatedRepoError", "OfflineModeIsEnabled"}  # by name: optional packages
+
+
+
+class Cancelled(Exception):
+    """Leaves a retry that nobody waits for any more."""
+
 
 _log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # ranks and threads fail at the same moment and must not come back at the same moment
@@ -73,16 +80,21 @@ def text_of(error: BaseException) -> str:
     return line if status is None or str(status) in line else f"status {status}, {line}"
 
 
-def retry(action: Callable[[], Result], seconds: float, doing: str, place: str, remote: bool) -> Result:
+def retry(
+    action: Callable[[], Result], seconds: float, doing: str, place: str, remote: bool, cancelled: threading.Event | None = None
+) -> Result:
     """``action()``, tried again with jittered, doubling delays while its errors may pass and ``seconds`` are not over; the last attempt starts at most then.
 
     Raises UserError that names the place, what was done, for how long, and the last error. UserErrors and AssertionErrors of the action pass unchanged.
+    Raises Cancelled as soon as ``cancelled`` is set, also in the middle of a wait; an attempt under way is not interrupted.
     """
     started, delay, silent = time.monotonic(), FIRST_DELAY, True
     while True:
+        if cancelled is not None and cancelled.is_set():
+            raise Cancelled(f"{place}: {doing} was cancelled")
         try:
             return action()
-        except (UserError, AssertionError):
+        except (UserError, AssertionError, Cancelled):
             raise
         except Exception as error:
             waited = time.monotonic() - started
@@ -96,5 +108,6 @@ def retry(action: Callable[[], Result], seconds: float, doing: str, place: str, 
             if silent and waited > SAY_SO_AFTER:
                 silent = False
                 _log.warning("%s: %s fails, trying again for up to %.0f s (data.retry_seconds): %s", place, doing, seconds, text_of(error))
-            time.sleep(min(seconds - waited, max(delay * _jitter.uniform(0.5, 1.5), retry_after(error))))
+            pause = time.sleep if cancelled is None else cancelled.wait
+            pause(min(seconds - waited, max(delay * _jitter.uniform(0.5, 1.5), retry_after(error))))
             delay = min(delay * 2, LONGEST_DELAY)

@@ -77,7 +77,8 @@ class ScanCache:
     """What is known of a source's files from earlier runs."""
 
     def __init__(self, source: schema.Source, root: str, limits: SourceLimits):
-        settings = source.model_dump(exclude={"name", "weight", "rows"}, mode="json")
+        # a revision bears on no scan: the URLs of a Hub dataset name its commit
+        settings = source.model_dump(exclude={"name", "weight", "rows", "revision"}, mode="json")
         identity = json.dumps([VERSION, settings, root, limits.max_bytes, limits.max_members], sort_keys=True)
         folder = os.environ.get("PROTOCLIP_CACHE") or os.path.expanduser("~/.cache/protoclip_scale")
         self.path = Path(folder) / "scans" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"

@@ -125,6 +125,7 @@ class Table:
     block_noun = "block of lines"
     images_apart = True
     cacheable = True
+    text_cells = True
 
     def __init__(self, suffix: str, separator: str):
         self.suffixes = (suffix,)

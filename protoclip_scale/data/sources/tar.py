@@ -112,6 +112,7 @@ class Tar:
     block_noun = "shard"
     images_apart = False
     cacheable = True
+    text_cells = False
 
     def scan(self, place: Place, source: schema.Source, limits: SourceLimits) -> FileScan:
         """Rows from a side-car (see ``side_cars``), else from one pass over the headers, in which members are jumped over; remote, the pass
