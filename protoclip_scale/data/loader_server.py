@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.forkserver
 
 ALWAYS = ("__main__", "protoclip_scale.data.batches")
-CLIP_TOKENIZER, ENCODER_TOKENIZER = ("protoclip_scale.data.clip_bpe",), ("transformers",)
 
 
 def context(modules: tuple[str, ...] = ()) -> multiprocessing.context.ForkServerContext:
@@ -17,7 +16,7 @@ def context(modules: tuple[str, ...] = ()) -> multiprocessing.context.ForkServer
     return forked
 
 
-def start(text_tower: str | None) -> None:
-    """Start the server ahead of its first use; its imports then run beside this process's own."""
-    context(CLIP_TOKENIZER if text_tower in (None, "clip") else ENCODER_TOKENIZER)
+def start(modules: tuple[str, ...]) -> None:
+    """Start the server ahead of its first use; its imports then run beside what this process does."""
+    context(modules)
     multiprocessing.forkserver.ensure_running()

@@ -8,11 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protoclip_scale.data import loader_server
 from protoclip_scale.errors import STOPPED_EXIT_CODE, Stopped, UserError
 from protoclip_scale.recipe import Recipe, load_recipe
 from protoclip_scale.recipe.describe import help_text
-from protoclip_scale.recipe.load import peek
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -46,9 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     folder: Path | None = None
     try:
         options = parse(arguments)
-        text_tower, workers = peek(options.recipe, options.set, "model.text.name", "data.workers")
-        if workers != 0 and not options.check:
-            loader_server.start(text_tower)
         recipe = load_recipe(options.recipe, options.set)
         if options.check:
             from protoclip_scale.engine.check import run_check

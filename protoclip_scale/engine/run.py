@@ -35,7 +35,8 @@ from protoclip_scale.report.console import make_console
 def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     """Train a recipe in a run directory; the exit code."""
     stop = StopFlag()
-    accelerator = strategies.start(recipe.run.timeout_minutes)
+    strategies.refuse_foreign_settings()
+    accelerator = None if strategies.alone() else strategies.start(recipe.run.timeout_minutes)
     torch.set_num_threads(recipe.run.threads or default_threads())  # after accelerate, which sets its own
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line (docs/launching.md)")
@@ -46,10 +47,13 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     console = make_console(is_main, folder / "log.txt", None)
     try:
         log.write_status("running")
-        run = _context(recipe, folder, start, accelerator.device, stop, log, console)
+        device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run = _context(recipe, folder, start, device, stop, log, console)
         head_start = HeadStart(run, _resumed_at(start)) if start.manifest else None
-        from protoclip_scale.engine.attempt import train  # seconds of imports, while loader processes are at work already
+        from protoclip_scale.engine.attempt import train  # the models' libraries, seconds of imports
 
+        accelerator = accelerator or strategies.start(recipe.run.timeout_minutes)
+        torch.set_num_threads(recipe.run.threads or default_threads())
         train(run, accelerator, start, head_start)
     except Stopped:
         console.close()

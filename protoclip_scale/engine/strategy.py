@@ -9,27 +9,41 @@ import inspect
 import os
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from protoclip_scale.errors import UserError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def start(timeout_minutes: float) -> Accelerator:
-    """The process group, on GPUs if there are any, otherwise on CPUs over gloo.
 
-    Raises:
-        UserError: the launcher promised more processes than accelerate made, or asks for a precision, which is the recipe's.
-    """
+def refuse_foreign_settings() -> None:
+    """UserError if accelerate's configuration sets what the recipe owns, or a strategy that this release has not."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "fp32"):
         raise UserError(f"mixed_precision is {asked} in accelerate's configuration, but the recipe's optim.precision owns it; set mixed_precision: 'no'")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("accelerate's configuration asks for DeepSpeed or FSDP, which this release does not train with; use launch/accelerate/cpu.yaml or ddp.yaml")
+
+
+def alone() -> bool:
+    """Whether this is the only process: it can look at its data before accelerate is imported."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def start(timeout_minutes: float) -> "Accelerator":
+    """The process group, on GPUs if there are any, otherwise on CPUs over gloo.
+
+    Raises:
+        UserError: the launcher promised more processes than accelerate made, or asks for a precision, which is the recipe's.
+    """
+    from accelerate import Accelerator  # a second
+    from accelerate.utils import InitProcessGroupKwargs
+
+    refuse_foreign_settings()
     use_cpu = not torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=use_cpu,
@@ -76,7 +90,7 @@ class Precision:
 class Strategy:
     """A model and its optimiser as the ranks hold them; DDP when there are several."""
 
-    def __init__(self, accelerator: Accelerator, precision: Precision):
+    def __init__(self, accelerator: "Accelerator", precision: Precision):
         self.accelerator = accelerator
         self.precision = precision
         self.device = accelerator.device

@@ -87,7 +87,7 @@ def hash_file(files: EvaluationFiles, number: int, advance: Advance) -> tuple[in
                 advance(1)
         return hashes, usable
 
-    hashes, usable = retry(hash_all, files.retry_seconds, "hashing evaluation images", place.url, is_remote(place))
+    hashes, usable = retry(hash_all, files.retry_seconds, "hashing evaluation images", place.url, is_remote(place.url))
     if usable and not any(usable):
         raise UserError(
             f"--leakage {place.url}: none of its {len(usable):,} images in column {files.column!r} can be decoded, so no row can be compared with them; correct the file or --leakage-column"

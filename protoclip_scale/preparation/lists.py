@@ -94,8 +94,8 @@ def read_rows(path: Path, layout: str, options: ListOptions, dropped: Counter) -
         if not file.is_file():
             raise UserError(f"{file} is not a file; give the list's path, and with yfcc15m_openai the metadata's")
     for row in reader.rows(path, options, dropped):
-        captions = tuple(dict.fromkeys(caption.encode("utf-8", "replace").decode() for caption in row.captions if caption))
-        if not all(map(_is_utf8, (row.url, *row.extra))):  # JSON may name half a character
+        captions = tuple(dict.fromkeys(caption for caption in row.captions if caption))
+        if not all(map(_is_utf8, (row.url, *row.extra))):  # JSON may name half a character; captions are cleaned of such
             dropped[BAD_LINE] += 1
         elif captions:
             yield row._replace(captions=captions)

@@ -77,18 +77,6 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> schem
     raise UserError(f"{_origin_of(place, origins).label}: {one_line(first)}{more}")
 
 
-def peek(path: str | os.PathLike, overrides: Iterable[str], *keys: str) -> list[Any]:
-    """Values of dotted keys as the files and overrides say them, unchecked; None where they do not. Nothing heavy is imported for it."""
-    tree, _ = _read(Path(path).expanduser(), overrides)
-    values = []
-    for key in keys:
-        value: Any = tree
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        values.append(value)
-    return values
-
-
 def _read(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], dict[tuple[str, ...], _Origin]]:
     """The unchecked tree of a recipe, and who said what."""
     layers = _layers(path, ())
