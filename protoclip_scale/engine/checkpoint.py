@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.faults import event
@@ -73,6 +72,8 @@ def save(final: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], m
         start, stop = ranges(index, tensor.numel(), world)[rank]
         if stop > start:
             pieces[f"{name}@{start}"] = tensor.detach().reshape(-1)[start:stop].cpu().contiguous().clone()
+    from safetensors.torch import save_file  # a tenth of a second that finding a checkpoint need not wait for
+
     shard = writing / f"shard-{rank + 1:05d}-of-{world:05d}.safetensors"
     save_file(pieces, shard)
     sync(shard)
