@@ -3,7 +3,6 @@
 import ctypes
 import json
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import subprocess
@@ -46,7 +45,6 @@ ENDED_BY_US = -1000  # a rank that was still running when another had died
 # Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["protoclip_scale.engine.attempt", "protoclip_scale.engine.run", "protoclip_scale.engine.check", "datasets", "tests.support"])
-multiprocessing.forkserver.ensure_running()  # at once: loaders ask for a server with less in it, and the first to ask decides
 
 
 def overrides(values: tuple[str, ...]) -> list[str]:
