@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import s3fs
 
 from protoclip_scale.data.sources import FORMATS, BlockReader, filesystems, retry, streaming
 from protoclip_scale.data.sources.fingerprint import describe, difference
@@ -158,6 +159,7 @@ def test_refusals_and_missing_files_are_not_retried(server):
 
 
 def test_an_s3_bucket_equals_local_and_survives_failures(monkeypatch):
+    s3fs.S3FileSystem.clear_instance_cache()  # one made without keys by another test would be taken again
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     with Server("s3_server", "--root", CORPUS, "--bucket", "corpus") as bucket:
