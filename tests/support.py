@@ -1,6 +1,7 @@
 """What several tests share: where things lie, short settings, and real processes."""
 
 import ctypes
+import functools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from protoclip_scale.engine import checkpoint
@@ -150,6 +152,22 @@ def mount_small_disk(folder: Path, num_bytes: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     if system.mount(b"none", str(folder).encode(), b"tmpfs", 0, f"size={num_bytes}".encode()):
         raise OSError(ctypes.get_errno(), "mount")
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether this system lets a process have a file system of its own; some containers do not."""
+    child = os.fork()
+    if child == 0:
+        try:
+            mount_small_disk(Path(tempfile.gettempdir()), 1 << 20)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+needs_small_disk = pytest.mark.skipif(not can_mount(), reason="user namespaces are not allowed here, so no small disk can be mounted")
 
 
 def _pretrain(log: str, command: list[str], small_disk: tuple[Path, int] | None) -> None:

@@ -8,7 +8,7 @@ from protoclip_scale.data.plan import Plan
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
-from tests.support import CORPUS, TINY, metrics, mount_small_disk, output, pretrain, spawn
+from tests.support import CORPUS, TINY, metrics, mount_small_disk, needs_small_disk, output, pretrain, spawn
 
 LANES = 4
 
@@ -43,6 +43,7 @@ def fill_until_full(rank: int, world: int, folder: str) -> list[str]:
     return [*said, str(all(spool.is_complete(episode, lane) for lane in range(LANES)))]
 
 
+@needs_small_disk
 def test_a_disk_that_gets_full_while_writing(tmp_path):
     [(message, *files, complete)] = spawn(fill_until_full, 1, str(tmp_path / "disk"))
     assert message.startswith("disk full while writing the spool at ") and "run.scratch_dir" in message and "\n" not in message
@@ -50,6 +51,7 @@ def test_a_disk_that_gets_full_while_writing(tmp_path):
     assert complete == "True"
 
 
+@needs_small_disk
 def test_a_run_ends_with_one_line_and_goes_on_when_there_is_room(tmp_path):
     """Room for one episode of 256 rows, not for the second that is fetched while the first trains."""
     values, disk = (*TINY, f"run.scratch_dir={tmp_path}/disk/scratch"), tmp_path / "disk"

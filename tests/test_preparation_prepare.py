@@ -177,6 +177,7 @@ def test_two_processes_make_what_one_makes(pictures, prepared, tmp_path):
     assert report["rows"] == EXPECTED and report["processes"] == 2
 
 
+@support.needs_small_disk
 def test_a_full_disk_is_one_line_and_what_was_done_stays(pictures, prepared, tmp_path):
     disk = tmp_path / "disk"
     assert support._run(_fill_and_go_on, 1, {}, [(str(disk), [*map(str, arguments(pictures, disk / "out"))], str(tmp_path / "kept"))])[0] == 0

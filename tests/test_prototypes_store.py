@@ -12,7 +12,7 @@ import pytest
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore, let_pages_go
-from tests.support import mount_small_disk, spawn
+from tests.support import mount_small_disk, needs_small_disk, spawn
 
 ROWS = 50
 
@@ -210,6 +210,7 @@ def _fill_small_disk(rank: int, world: int, folder: str) -> list[str]:
     return []
 
 
+@needs_small_disk
 def test_a_full_disk_is_one_line_and_no_signal(tmp_path):
     [(message, *left)] = spawn(_fill_small_disk, 1, str(tmp_path / "disk"))
     assert message.startswith("disk full: the feature store") and "0.8 MB for image.00001.npy" in message and left == ["1"]
