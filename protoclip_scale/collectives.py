@@ -5,17 +5,41 @@ ranks, the backward sums what every rank sends back and keeps the own slice. Wit
 this equals the gradient of the one-process loss.
 """
 
+import contextlib
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from protoclip_scale.errors import UserError
+
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)  # None is that of all ranks
+
+
+def separate_group() -> dist.ProcessGroup | None:
+    """All ranks once more, on CPUs over gloo, for a thread that works beside the main one: its collectives must not come between those. A collective."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+@contextlib.contextmanager
+def within(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """The thread's collectives inside go through ``group``, without gradients."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def backend() -> str | None:
+    """gloo or nccl; None in a single process."""
+    return dist.get_backend(_group.get()) if dist.is_initialized() else None
 
 
 def world_size() -> int:
@@ -59,7 +83,7 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """A reduced copy, without gradient. ``op``: sum, min or max."""
     reduced = tensor.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op], group=_group.get())
     return reduced
 
 
@@ -68,7 +92,7 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor.detach()
     gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous())
+    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous(), group=_group.get())
     return gathered
 
 
@@ -77,7 +101,7 @@ def all_gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group.get())
     return values
 
 
@@ -86,7 +110,7 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_group.get())
     return box[0]
 
 
@@ -94,13 +118,13 @@ def any_rank(flag: bool) -> bool:
     """True everywhere if it is true anywhere."""
     if world_size() == 1:
         return bool(flag)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if backend() == "nccl" else "cpu"
     return bool(all_reduce(torch.tensor([int(flag)], device=device), "max").item())
 
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_group.get())
 
 
 def from_rank_zero(work: Callable[[], Any]) -> Any:

@@ -63,8 +63,8 @@ def output(run_dir: Path, rank: int = 0) -> str:
     return (run_dir.parent / f"{run_dir.name}-rank{rank}.log").read_text(errors="replace")
 
 
-def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    folder, manifest, _ = checkpoint.find(run_dir, "latest")
+def final_tensors(run_dir: Path, step: str = "latest") -> dict[str, torch.Tensor]:
+    folder, manifest, _ = checkpoint.find(run_dir, step)
     return checkpoint.read_tensors(folder, manifest)
 
 

@@ -108,8 +108,8 @@ def test_memory_follows_ranks_and_clusters():
     one, two = (cost.memory_per_rank(counted, recipe, objectives, world) for world in (1, 2))
     assert one["parameters"] == two["parameters"] == 4 * counted.num_parameters
     assert one["AdamW moments"] == 8 * counted.num_parameters
-    assert one["loss tiles"] == 2 * two["loss tiles"] == 4 * (2 * 2 * 64 * 64 + 6 * 64 * 16)  # two logits with gradients; K = 16
-    assert one["prototypes"] == 4 * 4 * 16 * 16  # both centroids and both translations of K x P
+    assert one["loss tiles"] == 2 * two["loss tiles"] == 4 * (2 * 2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 16)  # logits with gradients; a tile of K = 16, twice; two gradients of P = 16
+    assert one["prototypes"] == 4 * 6 * 16 * 16  # K x P: both centroids, both translations, what both targets expect
     assert abs(one["activations (estimate)"] - 2 * two["activations (estimate)"]) <= 64
 
 

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 
 from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes import kmeans
+from protoclip_scale.prototypes import kmeans, sweeps
 from protoclip_scale.prototypes.back_translation import class_means
+from protoclip_scale.prototypes.fixed_point import extent_of
+from protoclip_scale.prototypes.starts import SAME_ROW, draw_starts
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.recipe.schema import Prototypes
 from tests.support import RECIPES, spawn
@@ -16,11 +18,12 @@ from tests.support import RECIPES, spawn
 LANES, LANE_ROWS, DISTINCT = 4, 1000, 2400
 SEED = (7, 3)
 ENGINES = ("faiss", "torch")
+GROUPS = {(2, 1): (*ENGINES, "kmeans++", "empty at first"), (4, 1): ("faiss", "empty at first"), (1, 2): ENGINES}  # (ranks, threads): what they cluster
 BREAKS = ("each rank's own sums", "a dropped lane")
 
 
-def settings(engine: str = "faiss", clusters: int = 200, restarts: int = 2) -> Prototypes:
-    return Prototypes(clusters=clusters, iterations=20, restarts=restarts, engine=engine)
+def settings(engine: str = "faiss", clusters: int = 200, restarts: int = 2, start: str = "random") -> Prototypes:
+    return Prototypes(clusters=clusters, iterations=20, restarts=restarts, engine=engine, start=start)
 
 
 def different_rows(rows: np.ndarray, tolerance: float) -> np.ndarray:
@@ -44,50 +47,55 @@ def rows() -> np.ndarray:
     return mixed[rng.permutation(len(mixed))]
 
 
-def lanes(rows: np.ndarray, of: range = range(LANES)) -> tuple[list[np.ndarray], list[int]]:
-    return [rows[lane * LANE_ROWS : (lane + 1) * LANE_ROWS] for lane in of], [lane * LANE_ROWS for lane in of]
+def lanes(rows: np.ndarray, of: range = range(LANES)) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(parts, positions) of some lanes."""
+    return tuple([np.split(array, LANES)[lane] for lane in of] for array in (rows, np.arange(len(rows))))
 
 
-def results(rank: int, world: int, rows: torch.Tensor) -> dict:
-    """On one rank of a real group: clusterings with both engines, broken ones, and a refused one."""
+def results(rank: int, world: int, rows: torch.Tensor, threads: int) -> dict:
+    """On one rank of a real group: its clusterings, broken ones, and a refused one."""
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    parts, positions = lanes(rows.numpy(), range(rank * LANES // world, (rank + 1) * LANES // world))
+    if world == 1:
+        return {case: clustering(case, parts, positions) for case in GROUPS[world, threads]}
     dist.init_process_group("gloo")
-    parts, first_positions = lanes(rows.numpy(), range(rank * LANES // world, (rank + 1) * LANES // world))
-    found = {}
-    reduce_array, add_by_class = kmeans.reduce_array, kmeans.add_by_class
-    calls = []
-
-    def drop_a_lane(*arguments):
-        calls.append(arguments)
-        if rank == 0 or len(calls) % len(parts):
-            add_by_class(*arguments)
-
-    broken = {
-        "each rank's own sums": {"reduce_array": lambda array, op="sum": array if array.ndim == 2 else reduce_array(array, op)},
-        "a dropped lane": {"add_by_class": drop_a_lane},
-    }
-    for case in (*ENGINES, *BREAKS):
-        vars(kmeans).update({"reduce_array": reduce_array, "add_by_class": add_by_class} | broken.get(case, {}))
-        found[case] = summary(kmeans.fit(parts, first_positions, settings(case if case in ENGINES else "faiss"), SEED), parts)
-    vars(kmeans).update(reduce_array=reduce_array, add_by_class=add_by_class)
-    found["refills"] = refilled(parts, first_positions)
-    try:
-        kmeans.fit(parts, first_positions, settings(clusters=DISTINCT + 1), SEED)
-    except UserError as error:
-        found["refused"] = str(error)
+    found = {case: clustering(case, parts, positions) for case in GROUPS[world, threads]}
+    if world == 2:
+        found |= {name: summary(broken(name, rank, parts, positions), parts) for name in BREAKS}
+    with pytest.raises(UserError) as error:
+        kmeans.fit(parts, positions, settings(clusters=DISTINCT + 1), SEED)
     dist.destroy_process_group()
-    return found
+    return found | {"refused": str(error.value)}
 
 
-def refilled(parts: list[np.ndarray], first_positions: list[int]) -> dict:
-    """A clustering whose starts are far from all rows but one, so that nearly every cluster is empty at first."""
-    draw_starts = kmeans.draw_starts
-    kmeans.draw_starts = lambda parts, *_: np.linspace(1, 2, 100 * parts[0].shape[1], dtype=np.float32).reshape(100, -1)
-    empties = []
-    try:
-        result = kmeans.fit(parts, first_positions, settings(clusters=100, restarts=1), SEED, lambda *figures: empties.append(figures[4]))
-    finally:
-        kmeans.draw_starts = draw_starts
-    return summary(result, parts) | {"empties": empties}
+def clustering(case: str, parts: list[np.ndarray], positions: list[np.ndarray]) -> dict:
+    """``empty at first`` starts far from all rows with half of its centroids; ``kmeans++`` once so; the others are engines, with two restarts."""
+    chosen, start = settings(case) if case in ENGINES else settings(start="kmeans++", restarts=1), None
+    if case == "empty at first":
+        chosen = settings(clusters=100, restarts=1)
+        start = draw_starts(parts, positions, chosen, SEED, extent_of(parts))
+        start[50:] = np.linspace(1, 2, 50 * start.shape[1], dtype=np.float32).reshape(50, -1)
+    return summary(kmeans.fit(parts, positions, chosen, SEED, start=start), parts)
+
+
+def broken(name: str, rank: int, parts: list[np.ndarray], positions: list[np.ndarray]) -> kmeans.KMeansResult:
+    """A clustering with a fault in it."""
+    reduce_array, add_rows, calls = sweeps.reduce_array, sweeps.add_rows, []
+
+    def drop_a_lane(*arguments, **sign):
+        calls.append(arguments)
+        if rank == 0 or len(calls) % 3:
+            add_rows(*arguments, **sign)
+
+    def own_sums(array):
+        return np.concatenate([array[:-2], reduce_array(array[-2:])])
+
+    faults = {"each rank's own sums": {"reduce_array": own_sums}, "a dropped lane": {"add_rows": drop_a_lane}}
+    with pytest.MonkeyPatch.context() as patch:
+        for attribute, fault in faults[name].items():
+            patch.setattr(sweeps, attribute, fault)
+        return kmeans.fit(parts, positions, settings(), SEED)
 
 
 def summary(result: kmeans.KMeansResult, parts: list[np.ndarray]) -> dict:
@@ -99,18 +107,19 @@ def summary(result: kmeans.KMeansResult, parts: list[np.ndarray]) -> dict:
         "objectives": list(result.objectives),
         "objective": result.objective,
         "counts": torch.from_numpy(result.counts),
+        "history": [list(vars(line).values()) for line in result.history],
     }
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(rows) -> list[dict]:
-    return spawn(results, 2, torch.from_numpy(rows))
+def groups(rows) -> dict[tuple[int, int], list[dict]]:
+    """By ranks and threads: what each rank found."""
+    return {(ranks, threads): spawn(results, ranks, torch.from_numpy(rows), threads) for ranks, threads in GROUPS}
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(rows) -> dict[str, dict]:
-    parts, first_positions = lanes(rows)
-    return {engine: summary(kmeans.fit(parts, first_positions, settings(engine), SEED), parts) for engine in ENGINES}
+def alone(rows) -> dict[str, dict]:
+    return {case: clustering(case, *lanes(rows)) for case in GROUPS[2, 1]}
 
 
 def obeys_the_law(ranks: list[dict], single: dict) -> bool:
@@ -119,46 +128,42 @@ def obeys_the_law(ranks: list[dict], single: dict) -> bool:
     return same and all(rank["objective"] == pytest.approx(single["objective"], rel=1e-6) for rank in ranks)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_find_the_clusters_of_one(on_two_ranks, on_one_rank, engine):
-    ranks, single = [rank[engine] for rank in on_two_ranks], on_one_rank[engine]
+@pytest.mark.parametrize(("group", "case"), [(group, case) for group, cases in GROUPS.items() for case in cases])
+def test_any_ranks_and_threads_find_the_clusters_of_one(groups, alone, group, case):
+    ranks, single = [rank[case] for rank in groups[group]], alone[case]
     assert obeys_the_law(ranks, single)
+    assert torch.equal(torch.cat([rank["labels"] for rank in ranks]), single["labels"]), "more than the law asks: equal to the bit"
     for rank in ranks:
-        assert rank["objectives"] == pytest.approx(single["objectives"], rel=1e-6) and len(set(rank["objectives"])) == 2
         for name in ("centroids", "translated", "counts"):
-            assert torch.equal(rank[name], ranks[0][name]), "ranks hold different results"
-            torch.testing.assert_close(rank[name], single[name], rtol=0, atol=1e-6)
-
-
-def test_empty_clusters_are_refilled_alike(on_two_ranks, rows):
-    single, ranks = refilled(*lanes(rows)), [rank["refills"] for rank in on_two_ranks]
-    assert obeys_the_law(ranks, single)
-    assert single["empties"][0] > 90 and single["counts"].min() > 0 and all(rank["empties"] == single["empties"] for rank in ranks)
+            assert torch.equal(rank[name], single[name]), name
+        assert rank["objectives"] == single["objectives"] and rank["history"] == single["history"]
+    if case == "empty at first":
+        assert single["history"][0][4] >= 40 and single["counts"].min() > 0, "half of them were empty"
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_a_seeded_break_does_not_pass_for_the_law(on_two_ranks, on_one_rank, broken):
-    assert not obeys_the_law([rank[broken] for rank in on_two_ranks], on_one_rank["faiss"])
+def test_a_seeded_break_does_not_pass_for_the_law(groups, alone, broken):
+    assert not obeys_the_law([rank[broken] for rank in groups[2, 1]], alone["faiss"])
 
 
-def test_both_engines_find_the_same_clusters(on_one_rank):
-    first, second = (on_one_rank[engine] for engine in ENGINES)
-    assert (first["labels"] == second["labels"]).double().mean() >= 0.9999
-    assert first["objective"] == pytest.approx(second["objective"], rel=1e-6)
+def test_both_engines_find_the_same_clusters(alone):
+    first, second = (alone[engine] for engine in ENGINES)
+    assert torch.equal(first["labels"], second["labels"]) and first["history"] == second["history"]
+    assert len(set(first["objectives"])) == 2
 
 
-def test_more_clusters_than_distinct_rows_are_refused_with_both_numbers(on_two_ranks, rows):
-    assert len(different_rows(rows, kmeans.SAME_ROW * float(np.abs(rows).max()))) == DISTINCT
+def test_more_clusters_than_distinct_rows_are_refused_with_both_numbers(groups, rows):
+    assert len(different_rows(rows, SAME_ROW * float(np.abs(rows).max()))) == DISTINCT
     with pytest.raises(UserError, match=f"clusters is {DISTINCT + 1}, but the 4000 rows to cluster hold only {DISTINCT} distinct") as error:
         kmeans.fit(*lanes(rows), settings(clusters=DISTINCT + 1), SEED)
-    assert [rank["refused"] for rank in on_two_ranks] == [str(error.value)] * 2
+    assert [rank["refused"] for group in ((2, 1), (4, 1)) for rank in groups[group]] == [str(error.value)] * 6
     assert kmeans.fit(*lanes(rows), settings(clusters=DISTINCT, restarts=1), SEED).empties == 0
 
 
 @pytest.mark.parametrize(("clusters", "seed"), [(50, 0), (200, 1), (400, 2)])
 def test_the_objective_is_that_of_faiss_from_the_same_start(rows, clusters, seed):
     chosen = settings(clusters=clusters, restarts=1)
-    starts = kmeans.draw_starts(*lanes(rows), chosen, [seed], 0)
+    starts = draw_starts(*lanes(rows), chosen, [seed, 0], extent_of([rows]))
     peer = faiss.Kmeans(rows.shape[1], clusters, niter=20, max_points_per_centroid=10**6, min_points_per_centroid=1)
     peer.train(rows, init_centroids=starts)
     expected = peer.index.search(rows, 1)[0].sum(dtype=np.float64)

@@ -1,6 +1,6 @@
 """k-means in one process: against a slow twin, its starts, its refills, and what it does with bad features."""
 
-import subprocess
+import importlib
 import sys
 
 import numpy as np
@@ -9,8 +9,9 @@ import pytest
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes import kmeans
 from protoclip_scale.prototypes.assign import assign
-from protoclip_scale.prototypes.distinct import draw_distinct, position_keys
+from protoclip_scale.prototypes.distinct import draw_distinct, position_keys, weighted_keys
 from protoclip_scale.prototypes.fixed_point import extent_of
+from protoclip_scale.prototypes.starts import draw_starts
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.recipe.schema import Prototypes
 
@@ -23,9 +24,9 @@ def blobs(rows: int = 1200, dim: int = 16, centres: int = 40, seed: int = 0) -> 
     return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
 
-def split(rows: np.ndarray, num_lanes: int) -> tuple[list[np.ndarray], list[int]]:
-    size = len(rows) // num_lanes
-    return [rows[lane * size : (lane + 1) * size] for lane in range(num_lanes)], [lane * size for lane in range(num_lanes)]
+def split(rows: np.ndarray, num_lanes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(parts, positions)"""
+    return np.array_split(rows, num_lanes), np.array_split(np.arange(len(rows)), num_lanes)
 
 
 def settings(**changes) -> Prototypes:
@@ -58,19 +59,15 @@ def test_distances_stay_exact_far_from_the_origin():
         assert (labels == distances.argmin(axis=1)).mean() > 0.98
 
 
-def test_the_torch_engine_does_not_need_faiss():
-    code = (
-        "import sys; sys.modules['faiss'] = None\n"
-        "import numpy as np\n"
-        "from protoclip_scale.prototypes import kmeans\n"
-        "from protoclip_scale.prototypes.assign import assign\n"
-        "from protoclip_scale.errors import UserError\n"
-        "assert assign(np.eye(3, dtype='f4'), np.eye(3, dtype='f4'), 'torch')[0].tolist() == [0, 1, 2]\n"
-        "try:\n    assign(np.eye(3, dtype='f4'), np.eye(3, dtype='f4'), 'faiss')\n"
-        "except UserError as error:\n    print(error)\n"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "prototypes.engine faiss" in output and "set prototypes.engine to torch" in output
+def test_the_torch_engine_does_not_need_faiss(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("protoclip_scale.prototypes")]:
+        monkeypatch.delitem(sys.modules, name)  # so that it is imported again, without faiss
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    rows = blobs(300)
+    anew = importlib.import_module("protoclip_scale.prototypes.kmeans")
+    assert anew is not kmeans and len(anew.fit(*split(rows, 2), settings(engine="torch"), [0]).counts) == 30
+    with pytest.raises(UserError, match="prototypes.engine faiss: .*set prototypes.engine to torch"):
+        anew.fit(*split(rows, 2), settings(engine="faiss"), [0])
 
 
 def slow_lloyd(rows: np.ndarray, centroids: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +80,7 @@ def slow_lloyd(rows: np.ndarray, centroids: np.ndarray, iterations: int) -> tupl
 def test_the_result_is_that_of_a_slow_twin():
     rows = blobs()
     chosen = settings(iterations=4)
-    starts = kmeans.draw_starts(*split(rows, 3), chosen, [1], 0)
+    starts = draw_starts(*split(rows, 3), chosen, [1, 0], extent_of([rows]))
     centroids, labels = slow_lloyd(rows.astype(np.float64), starts.astype(np.float64), 4)
     result = kmeans.fit(*split(rows, 3), chosen, [1])
     assert np.array_equal(np.concatenate(result.labels), labels)
@@ -111,23 +108,24 @@ def test_the_seed_fixes_everything_and_the_order_and_number_of_lanes_nothing():
 
 def test_the_best_restart_is_kept_and_iterations_are_told():
     told = []
-    result = kmeans.fit(*split(blobs(), 2), settings(restarts=4), [0], lambda *figures: told.append(figures))
+    result = kmeans.fit(*split(blobs(), 2), settings(restarts=4), [0], told.append)
     assert len(set(result.objectives)) == 4 and result.objective == min(result.objectives)
+    assert result.history == tuple(told)
     for restart in range(4):
-        own = [figures for figures in told if figures[0] == restart]
-        assert [figures[1] for figures in own] == list(range(len(own))) and len(own) <= 15
-        objectives = [figures[2] for figures in own]
+        own = [line for line in told if line.restart == restart]
+        assert [line.iteration for line in own] == list(range(len(own))) and len(own) <= 15
+        objectives = [line.objective for line in own]
         assert objectives == sorted(objectives, reverse=True), "no empty clusters here, so each iteration lowers the objective"
-        assert own[0][3] == 1200
-        assert own[-1][3] == 0 or len(own) == 15, "ends early only when no label moves"
+        assert own[0].moved == 1200 and all(line.empty == 0 and line.imbalance > 1 for line in own)
+        assert own[-1].moved == 0 or len(own) == 15, "ends early only when no label moves"
 
 
 def test_a_callback_may_stop_the_clustering():
     class Stop(Exception):
         pass
 
-    def stop(restart, iteration, *_):
-        if iteration == 2:
+    def stop(line):
+        if line.iteration == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -137,24 +135,25 @@ def test_a_callback_may_stop_the_clustering():
 def test_starts_are_a_keyed_choice_of_distinct_rows():
     rows = np.repeat(blobs(300), 4, axis=0)[np.random.default_rng(1).permutation(1200)]
     parts, positions = split(rows, 4)
-    starts = kmeans.draw_starts(parts, positions, settings(clusters=250), [3], 1)
-    keys = position_keys([3, 1], "k-means start", 0, 1200)
+    starts = draw_starts(parts, positions, settings(clusters=250), [3, 1], extent_of(parts))
+    keys = position_keys([3, 1], "k-means start", np.arange(1200))
     expected, seen = [], set()
     for row in rows[np.argsort(keys)]:
         if row.tobytes() not in seen:
             seen.add(row.tobytes())
             expected.append(row)
     assert np.array_equal(starts, np.stack(expected)[:250])
-    assert np.array_equal(np.concatenate([position_keys([3, 1], "k-means start", p, 300) for p in positions]), keys)
-    assert len(np.unique(keys)) == 1200 and not np.array_equal(keys, position_keys([3, 2], "k-means start", 0, 1200))
+    assert np.array_equal(np.concatenate([position_keys([3, 1], "k-means start", own) for own in positions]), keys)
+    assert len(np.unique(keys)) == 1200 and not np.array_equal(keys, position_keys([3, 2], "k-means start", np.arange(1200)))
 
 
-def test_refills_are_drawn_like_k_means_plus_plus():
-    distances = np.array([0, 1, 2, 5, 0], dtype=np.float32)
-    drawn = np.bincount([kmeans.refill_keys([0, seed], 7, distances).argmin() for seed in range(2000)], minlength=5)
+def test_weighted_keys_draw_in_proportion():
+    weights = np.array([0, 1, 2, 5, 0], dtype=np.float32)
+    places = np.arange(7, 12)
+    drawn = np.bincount([weighted_keys([0, seed], "test", places, weights).argmin() for seed in range(2000)], minlength=5)
     assert drawn[0] == drawn[4] == 0
     np.testing.assert_allclose(drawn[1:4] / 2000, [1 / 8, 2 / 8, 5 / 8], atol=0.035)
-    assert np.array_equal(kmeans.refill_keys([0, 1], 8, distances[1:]), kmeans.refill_keys([0, 1], 7, distances)[1:])
+    assert np.array_equal(weighted_keys([0, 1], "test", places[1:], weights[1:]), weighted_keys([0, 1], "test", places, weights)[1:])
 
 
 def test_rows_are_drawn_in_the_order_of_their_keys_and_not_beside_others():
@@ -168,14 +167,12 @@ def test_rows_are_drawn_in_the_order_of_their_keys_and_not_beside_others():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_clustering_that_empties_clusters_ends_without_empty_ones(engine, monkeypatch):
+def test_a_clustering_that_empties_clusters_ends_without_empty_ones(engine):
     rows = blobs(600, centres=60)
     outliers = np.tile(rows[:1] * 3, (25, 1)) + np.linspace(0, 1, 25, dtype=np.float32)[:, None] * 0.1
     usual = kmeans.fit(*split(rows, 2), settings(engine=engine), [0])
-    monkeypatch.setattr(kmeans, "draw_starts", lambda *_: np.concatenate([rows[:5], outliers]))
-    seen = []
-    result = kmeans.fit(*split(rows, 2), settings(engine=engine), [0], lambda *figures: seen.append(figures[4]))
-    assert seen[0] > 15 and result.empties == 0
+    result = kmeans.fit(*split(rows, 2), settings(engine=engine), [0], start=np.concatenate([rows[:5], outliers]))
+    assert result.history[0].empty > 15 and result.empties == 0
     assert result.objective < 1.1 * usual.objective
 
 
@@ -190,7 +187,7 @@ def test_sums_hold_the_largest_values_of_many_rows():
     rows = np.full((4096, 2), [3e4, -2e-5], dtype=np.float32)
     exponent = extent_of([rows]).exponent
     assert 4096 * 3e4 * 2.0**exponent < 2**62 <= 4096 * 3e4 * 2.0 ** (exponent + 2)
-    result = kmeans.fit([rows], [0], settings(clusters=1), [0])
+    result = kmeans.fit([rows], [np.arange(4096)], settings(clusters=1), [0])
     np.testing.assert_allclose(result.centroids[0], [3e4, -2e-5], rtol=1e-5)
 
 

@@ -11,11 +11,14 @@ from PIL import Image
 
 from protoclip_scale.data.decode import decode_image
 from protoclip_scale.data.index import build_index, open_readers
+from protoclip_scale.data.rows import pack_row_ids
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.teacher import open_teacher
+from protoclip_scale.prototypes.teacher_extraction import extract_teacher
 from protoclip_scale.prototypes.teacher_images import ImageEncoder
-from tests.support import CORPUS
-from tests.teachers import data_of, extracted
+from protoclip_scale.recipe.load import load_recipe
+from tests.support import CORPUS, RECIPES
+from tests.teachers import data_of, extracted, folder_bytes
 
 TINY = "test_resnet"
 
@@ -115,3 +118,21 @@ def test_undecodable_images_have_no_feature_and_move_nobody_elses(tmp_path, rand
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(tmp_path / "a.parquet")), tmp_path / "a.parquet", row_group_size=20)
     with pytest.raises(UserError, match="23 of 60 images could not be decoded, more than data.max_bad_fraction 0.1"):
         extracted(data_of(tmp_path, "a.parquet"), tmp_path / "bad", encoder, dim=8, max_bad_fraction=0.1)
+
+
+def test_the_shipped_image_features_are_those_of_each_row_and_of_no_neighbour():
+    """The store is found finished by the documented command: model, weights, preparation, data and width are those it says."""
+    shipped, encoder = RECIPES / "demo_corpus_image_teacher", ImageEncoder("efficientnet_lite0")
+    data = load_recipe(RECIPES / "demo.yaml").data
+    readers = open_readers(data)
+    before = folder_bytes(shipped)
+    store = extract_teacher(readers, encoder, shipped, report=pytest.fail)
+    assert folder_bytes(shipped) == before and sum(map(len, before.values())) < 1_000_000
+    assert store.part_rows == [4949] and store.dtype == np.float16 and store.info["undecodable_rows"] == 0
+    block, rows = 31, [0, 17, 63]
+    encoded = encoder.encode(readers[0].read(block, images=True).take(rows))
+    pca = safetensors.torch.load_file(shipped / "pca.safetensors")
+    twin = (encoded - pca["mean"].numpy()) @ pca["components"].numpy().T
+    teacher = open_teacher(shipped, build_index(data))
+    np.testing.assert_allclose(teacher.rows(pack_row_ids(0, block, np.array(rows))), twin, atol=2e-3)
+    assert (np.abs(teacher.rows(pack_row_ids(0, block, np.array([1, 16, 62]))) - twin).max(axis=1) > 0.05).all(), "an off-by-one would be seen"

@@ -65,6 +65,13 @@ CASES = {
         ["evaluation.sets.0.classify=[coarse]"],
     ),
     "scratch braces": (["run.scratch_dir=/tmp/{user}"], ["run.scratch_dir '/tmp/{user}'", "{dir} and {name}"], ["run.scratch_dir=/tmp/{name}"]),
+    "nothing recorded": (["prototypes.refresh=online", "episodes.warmup=0"], ["prototypes.refresh online", "episodes.warmup is 0"], ["episodes.warmup=1"]),
+    "teacher without extraction": (
+        ["prototypes.refresh=recorded", "objectives.teacher={features: here}"],
+        ["objectives.teacher.refresh episode", "prototypes.refresh episode extracts (found recorded)"],
+        ["objectives.teacher.refresh=once"],
+    ),
+    "precision of another engine": (["prototypes.distances=bf16"], ["prototypes.distances bf16", "prototypes.engine faiss"], ["prototypes.engine=torch"]),
     "temperature of hard targets": (
         ["objectives.prototype.targets=hard", "objectives.prototype.temperature=0.1"],
         ["objectives.prototype.temperature", "objectives.prototype.targets hard"],

@@ -15,6 +15,7 @@ PROMISED = {
     "cc3m_clip", "cc3m_clip_published", "cc3m_protoclip", "cc3m_protoclip_teacher",
     "cc3m_clip_8gpu", "cc3m_clip_published_8gpu", "cc3m_protoclip_8gpu", "cc3m_protoclip_teacher_8gpu",
     "yfcc15m", "yfcc15m_clip", "yfcc15m_protoclip",
+    "demo_teacher_online", "cc3m_teacher_online", "yfcc15m_teacher_online", "demo_image_teacher",
 }  # fmt: skip
 
 
@@ -35,8 +36,11 @@ def test_all_promised_recipes_ship():
     assert set(NAMES) >= PROMISED
 
 
-@pytest.mark.parametrize("names", [("demo_clip", "demo_protoclip", "demo"), ("yfcc15m_clip", "yfcc15m_protoclip", "yfcc15m")] + [
-    tuple(f"cc3m_{method}{suffix}" for method in ("clip", "protoclip", "protoclip_teacher")) for suffix in ("", "_8gpu")
+@pytest.mark.parametrize("names", [
+    ("demo_clip", "demo_protoclip", "demo", "demo_teacher_online", "demo_image_teacher"),
+    ("yfcc15m_clip", "yfcc15m_protoclip", "yfcc15m", "yfcc15m_teacher_online"),
+    ("cc3m_clip", "cc3m_protoclip", "cc3m_protoclip_teacher", "cc3m_teacher_online"),
+    tuple(f"cc3m_{method}_8gpu" for method in ("clip", "protoclip", "protoclip_teacher")),
 ])  # fmt: skip
 def test_methods_differ_in_nothing_but_the_method(names: tuple[str, ...]):
     """Law 5: the same rows in every batch; towers, optimiser and length are shared, too."""

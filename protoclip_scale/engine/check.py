@@ -21,13 +21,14 @@ from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import lane_bytes, lane_schema
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
-from protoclip_scale.engine import cost
+from protoclip_scale.engine import cost, refresh
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.sets import load_set
 from protoclip_scale.export.open_clip_layout import check_open_clip
 from protoclip_scale.models.build import build_model
 from protoclip_scale.objectives import build_objectives
+from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe, dump
 
@@ -133,6 +134,7 @@ class Check:
         teacher_dim = self._teacher_dim()
         if self.plan and recipe.prototypes:
             self.needed_bytes["features"] = EPISODES_ON_DISK * cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
+            self._recorded_bytes(recipe)
         if model is None:
             return
         self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]
@@ -144,6 +146,16 @@ class Check:
         self.table("Memory per rank under DDP", [(part, size_text(number)) for part, number in memory.items()] + [("all (estimate)", size_text(sum(memory.values())))])
         if torch.cuda.is_available() and sum(memory.values()) > (available := torch.cuda.mem_get_info()[1]):
             self.remarks.append(f"the estimated memory, {size_text(sum(memory.values()))}, is more than this GPU's {size_text(available)}: use more ranks or a smaller data.plan.global_batch")
+
+    def _recorded_bytes(self, recipe: Recipe) -> None:
+        """What training records in the run directory: as many episodes as a clustering looks into, and all of them where all checkpoints are kept."""
+        looks_back = refresh.looks_back(recipe, self.plan)
+        if looks_back:
+            episode = self.plan.episode_size * recording.bytes_per_row(recipe.model.prototype_heads.dim)
+            kept = looks_back + max(1, recipe.run.keep_checkpoints)
+            self.needed_bytes["recorded features"] = kept * episode
+            if not recipe.run.keep_checkpoints:
+                self.remarks.append(f"run.keep_checkpoints 0 keeps what every checkpoint counts on: {size_text(episode)} of recorded features for each episode of the run")
 
     def _teacher_dim(self) -> int:
         settings = self.recipe.objectives.get("teacher")

@@ -169,6 +169,14 @@ def cursor_of(manifest: dict[str, Any]) -> Cursor:
     return Cursor(**manifest["cursor"])
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """The manifest of a published checkpoint, its files unseen; empty if it cannot be read."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def prototypes_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of what clustering added at a checkpoint's step, or None. Raises UserError if it is damaged."""
     folder = prototypes_folder(checkpoint)

@@ -10,11 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import Objective
+from protoclip_scale.prototypes.loss import tile_elements
 from protoclip_scale.recipe import Recipe
 
 BACKWARD_FACTOR = 3  # forward, gradient of the inputs, gradient of the weights
 FLOAT_BYTES = 4
 PROBE_ROWS = 2
+DIRECTIONS = 2  # of a prototype objective: the image student and the text student
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,23 @@ def _saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
 
 
 def flops_per_sample(model_cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective]) -> dict[str, int]:
-    """FLOPs per trained row: the towers' step, the losses, and, with clusters, extraction and k-means."""
+    """FLOPs per trained row: the towers' step, the losses, and, with clusters, the extraction pass if there is one, and k-means at most: searches of rows that cannot
+    have changed their cluster are left out, and most are."""
     batch, width = recipe.data.plan.global_batch, recipe.model.embed_dim
     flops = {"towers (forward and backward)": BACKWARD_FACTOR * model_cost.forward_flops}
-    losses = sum(2 * batch * width * len(each.gathers) for each in objectives.values())
+    losses = BACKWARD_FACTOR * sum(2 * batch * width * len(each.gathers) for each in objectives.values())
     labelings = sorted(set().union(*(each.clusters for each in objectives.values())))
     if recipe.prototypes and labelings:
         search = 2 * recipe.prototypes.clusters * recipe.model.prototype_heads.dim
-        losses += 2 * search * sum(bool(each.clusters) for each in objectives.values())
-        flops["extraction"] = model_cost.forward_flops
-        flops["k-means"] = search * recipe.prototypes.iterations * recipe.prototypes.restarts * len(labelings)
-    return flops | {"losses": BACKWARD_FACTOR * losses}
+        clusters_per_row = recipe.prototypes.clusters / recipe.data.plan.episode_size
+        for each in objectives.values():
+            losses += DIRECTIONS * 2 * search * bool(each.clusters)  # the gradient is formed with the loss: two products, none backward
+            losses += int(2 * search * clusters_per_row) * len(each.soft_target_temperatures())  # what targets expect, once an episode
+        if recipe.prototypes.refresh == "episode":
+            flops["extraction"] = model_cost.forward_flops
+        each_episode = [name for name in labelings if name != "teacher" or recipe.objectives["teacher"].refresh == "episode"]
+        flops["k-means (at most)"] = search * recipe.prototypes.iterations * recipe.prototypes.restarts * len(each_episode)
+    return flops | {"losses": losses}
 
 
 def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective], world: int) -> dict[str, int]:
@@ -90,9 +98,11 @@ def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str,
         clusters, width = recipe.prototypes.clusters, recipe.model.prototype_heads.dim
         labelings = set().union(*(each.clusters for each in objectives.values()))
         clustered = [each for each in objectives.values() if each.clusters]
-        centroids = len(labelings - {"teacher"}) + 2 * len(clustered)
+        soft = sum(len(each.soft_target_temperatures()) for each in objectives.values())
+        centroids = len(labelings - {"teacher"}) + DIRECTIONS * len(clustered) + soft
         memory["prototypes"] = FLOAT_BYTES * centroids * clusters * width
-        tiles += 3 * 2 * len(clustered) * local_rows * clusters  # logits, targets and gradient, both modalities
+        if clustered:  # one tile's logits and softmax at a time; the gradients of the student's rows stay
+            tiles += 2 * tile_elements(local_rows, clusters, "cuda" if torch.cuda.is_available() else "cpu") + DIRECTIONS * len(clustered) * local_rows * width
     memory["loss tiles"] = FLOAT_BYTES * tiles
     halved = 1 if recipe.optim.precision == "fp32" else 2
     return memory | {"activations (estimate)": model_cost.activation_bytes * local_rows // halved}
@@ -100,6 +110,6 @@ def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str,
 
 def feature_store_bytes(recipe: Recipe, rows: int, teacher_dim: int) -> int:
     """Bytes of an episode's extracted features on disk, all lanes together; 0 without prototypes."""
-    if not recipe.prototypes:
+    if not recipe.prototypes or recipe.prototypes.refresh == "online":
         return 0
-    return rows * (FLOAT_BYTES * (2 * recipe.model.prototype_heads.dim + teacher_dim) + 1)
+    return rows * (FLOAT_BYTES * (2 * recipe.model.prototype_heads.dim + teacher_dim) + 9)

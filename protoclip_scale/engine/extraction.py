@@ -1,21 +1,20 @@
 """The extract phase: features of every position of an episode, into the memory-mapped store; each rank writes its lanes."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch, EpisodeBatches, make_loader
 from protoclip_scale.data.plan import EpisodePlan
 from protoclip_scale.engine.context import RunContext
+from protoclip_scale.engine.encoding import FEATURES, Encoder, batches_together, blocks
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.strategy import Strategy
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore
-from protoclip_scale.prototypes.teacher import TeacherFeatures
-
-FEATURES = {"image": "image_prototype", "text": "text_prototype"}
 
 
 def features_folder(scratch: Path, episode: int) -> Path:
@@ -29,42 +28,39 @@ def _created(run: RunContext, columns: dict[str, int], episode: int, step: int) 
 
     def begin() -> None:
         try:
-            FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info)
+            FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info, row_ids=True)
         except UserError:
             shutil.rmtree(folder)
-            FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info)
+            FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info, row_ids=True)
 
     collectives.on_each_machine(begin)
-    return FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info)
+    return FeatureStore.create(folder, columns, run.recipe.data.plan.lanes, run.plan.lane_rows, info=info, row_ids=True)
 
 
-def extract(
-    run: RunContext, strategy: Strategy, plan: EpisodePlan, teacher: TeacherFeatures | None, episode: int, step: int
-) -> FeatureStore:
+def extract(run: RunContext, strategy: Strategy, plan: EpisodePlan, episode: int, step: int) -> FeatureStore:
     """Features of the episode under the weights of ``step``; goes on where a killed extraction of the same weights stopped.
 
-    Evaluation mode and transform, no gradient (the published code clustered augmented pictures, methods 6.9). The teacher's features are looked up here, by the row that really stands at a position (a replaced row is another row).
+    Evaluation mode and transform, no gradient (the published code clustered augmented pictures, methods 6.9). Row ids are those of the rows that really stand at a position: a replaced row is another row.
     """
-    columns = dict.fromkeys(FEATURES, run.recipe.model.prototype_heads.dim) | ({"teacher": teacher.dim} if teacher else {})
+    columns = dict.fromkeys(FEATURES, run.recipe.model.prototype_heads.dim)
     store = _created(run, columns, episode, step)
     writers = [store.writer(lane) for lane in run.lanes]
     per_lane = run.plan.per_lane
     pending = min((int(rows[0]) if len(rows := writer.pending()) else run.plan.lane_rows) for writer in writers)
-    # Ranks may stand at different places after a kill, and stops are agreed block by block: all begin with the furthest behind.
-    first_step = min(collectives.all_gather_objects(pending)) // per_lane
+    together = batches_together(per_lane * len(run.lanes))
+    # Ranks may stand at different places after a kill, and stops are agreed batch by batch: all begin with the furthest behind. Blocks begin where they
+    # always do, so that a resumed extraction computes the same products, and the same bits, as one that was never stopped.
+    first_step = min(collectives.all_gather_objects(pending)) // per_lane // together * together
     batches = EpisodeBatches(
         run.recipe.data, run.recipe.model.image.size, run.tokenizer, plan, run.spool, run.lanes, purpose="extract", seed=run.recipe.data.plan.seed
     )
     strategy.bare_model.eval()
     try:
-        for batch in make_loader(batches, first_step, run.recipe.data.workers, pin_memory=run.device.type == "cuda"):
+        for batch, arrays in _encoded(strategy, make_loader(batches, first_step, run.recipe.data.workers, pin_memory=run.device.type == "cuda"), together):
             run.bad_rows.add(batch)
-            arrays = _features(strategy, batch)
-            if teacher:
-                arrays["teacher"] = teacher.rows(batch.row_ids)
             for i, writer in enumerate(writers):
                 mine = slice(i * per_lane, (i + 1) * per_lane)
-                writer.write(slice(batch.step * per_lane, (batch.step + 1) * per_lane), {c: array[mine] for c, array in arrays.items()})
+                writer.write(slice(batch.step * per_lane, (batch.step + 1) * per_lane), {c: array[mine] for c, array in arrays.items()}, batch.row_ids[mine].numpy())
             event("extract.block")
             run.stop.agree()
             run.console.advance((batch.step + 1) * run.recipe.data.plan.global_batch)
@@ -76,13 +72,9 @@ def extract(
     return FeatureStore.open(store.folder)
 
 
-@torch.inference_mode()
-def _features(strategy: Strategy, batch: Batch) -> dict[str, object]:
-    with strategy.precision.autocast():
-        features = strategy.bare_model(
-            batch.images.to(strategy.device, non_blocking=True),
-            batch.token_ids.to(strategy.device, non_blocking=True),
-            batch.token_lengths.to(strategy.device, non_blocking=True),
-            wants=frozenset(FEATURES.values()),
-        )
-    return {column: features[name].float().cpu().numpy() for column, name in FEATURES.items()}
+def _encoded(strategy: Strategy, batches: Iterator[Batch], together: int) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Each batch with its features by column; ``together`` of them are encoded at once."""
+    encoder: Encoder | None = None
+    for block in blocks(batches, together):
+        encoder = encoder or Encoder(strategy, block[0])
+        yield from zip(block, encoder(block), strict=True)

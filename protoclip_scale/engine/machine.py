@@ -5,33 +5,39 @@ next one starts: weights and cursor after training, prototypes and labels after 
 written. So a run killed anywhere repeats at most the unfinished phase.
 """
 
-import shutil
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.data.plan import EpisodePlan
-from protoclip_scale.engine import checkpoint
+from protoclip_scale.engine import checkpoint, refresh
 from protoclip_scale.engine.checkpoint import Cursor
-from protoclip_scale.engine.clustering import cluster, labelings, num_iterations
+from protoclip_scale.engine.clustering import LABELINGS, Begun, cluster, labelings, num_iterations, on_iteration, seed_of
 from protoclip_scale.engine.context import RunContext
-from protoclip_scale.engine.extraction import extract, features_folder
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.fetch import Fetch
 from protoclip_scale.engine.head_start import HeadStart, train_batches
 from protoclip_scale.engine.pictures import draw_prototypes
+from protoclip_scale.engine.records import Records
 from protoclip_scale.engine.run_folder import guard_attempt
+from protoclip_scale.engine.teacher_ahead import TeacherAhead
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.engine.training import train_episode
 from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.evaluation.run import evaluate
 from protoclip_scale.files import publish_text
 from protoclip_scale.objectives.base import locked_from
-from protoclip_scale.prototypes.episode import EpisodePrototypes
+from protoclip_scale.prototypes.diagnostics import collapse_warnings
+from protoclip_scale.prototypes.episode import EpisodePrototypes, RowLabels
 from protoclip_scale.prototypes.teacher import TeacherFeatures
+from protoclip_scale.prototypes.teacher_clusters import cluster_teacher, open_teacher_clusters
+from protoclip_scale.report.clustering_line import clustering_line
 
-COLLAPSED_ENTROPY = 0.95
+WARM = "clustering/centroids/"  # their names in a checkpoint
 
 
 class EpisodeMachine:
@@ -44,19 +50,23 @@ class EpisodeMachine:
         self.head_start = head_start
         self.cursor = Cursor(episode=0, phase="fetch", step_in_episode=0, step=0)
         self.prototypes: EpisodePrototypes | None = None
+        self.warm_centroids: dict[str, np.ndarray] = {}  # of the last clustering, where the next one starts from them
+        self.row_labels: dict[str, RowLabels] = {}  # shared with the prototypes of a resumed episode: filled before it trains
+        self.records = Records(run, trainer.objectives)
         self.ahead: Fetch | None = None
         self.plan: EpisodePlan | None = None
 
     def train(self) -> None:
         """To the end of the schedule; raises Stopped, after saving, when a signal came."""
         try:
+            self._cluster_teacher_once()
             while self.cursor.phase != "done":
                 episode = self.cursor.episode
                 if self.cursor.phase == "fetch":
                     self.trainer.rebuild(self.frozen(episode))
                     self._fetch(episode)
                     if self._clusters(episode):
-                        self._extract_and_cluster(episode)
+                        self._cluster(episode)
                     self._move(phase="train")
                 elif self.cursor.phase == "train":
                     self._train_episode(episode)
@@ -80,7 +90,8 @@ class EpisodeMachine:
         self.cursor = checkpoint.cursor_of(manifest)
         try:
             if added := checkpoint.prototypes_manifest(folder):
-                tensors |= checkpoint.read_tensors(checkpoint.prototypes_folder(folder), added)
+                newer = checkpoint.read_tensors(checkpoint.prototypes_folder(folder), added)
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("prototypes/")} | newer  # those of the episode before
                 self.cursor = checkpoint.cursor_of(added)
         except UserError as error:
             self.run.console.event(f"warning: {error}; clustering again")
@@ -90,8 +101,10 @@ class EpisodeMachine:
         self.trainer.strategy.precision.load(manifest["scaler"])
         self.trainer.build(self.frozen(self.cursor.episode), {n: t for n, t in tensors.items() if n.startswith(("model/", "optimizer/"))})
         found = {name: tensor for name, tensor in tensors.items() if name.startswith("prototypes/")}
-        if found and self.cursor.phase == "train":
-            self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device)
+        if found and self.cursor.phase in ("train", "evaluate"):
+            self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device, self.row_labels)
+        self.warm_centroids = {name.removeprefix(WARM): tensor.numpy() for name, tensor in tensors.items() if name.startswith(WARM)}
+        self.records.resume(manifest, self.cursor)
         self.run.log.discard_after(self.cursor.step)
         if collectives.rank() == 0:
             checkpoint.set_aside(self.run.folder, self.cursor.step, self.run.attempt)
@@ -119,31 +132,54 @@ class EpisodeMachine:
                 fetch.cancel()
         self.plan = fetch.plan
 
-    def _extract_and_cluster(self, episode: int) -> None:
-        self._save()  # what clustering finds is published beside the weights it belongs to
-        active = self.trainer.active(episode)
-        teacher = self.teacher if "teacher" in labelings(active) else None
-        with self.run.phase("extract", episode, total=self.run.plan.episode_size, unit="rows"):
-            store = extract(self.run, self.trainer.strategy, self.plan, teacher, episode, self.cursor.step)
-        self.run.bad_rows.check()
-        with self.run.phase("cluster", episode, total=num_iterations(self.run, active), unit="iterations"):
-            self.prototypes, figures = cluster(self.run, store, active, episode)
-        self.run.log.once("episode", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
-        self._warn_about_collapse(figures)
-        if self._evaluates(episode) or not self._clusters(episode + 1):
-            with self.run.clock.measure("pictures"):
-                draw_prototypes(self.run, self.plan, store, self.prototypes)
-        beside = checkpoint.prototypes_folder(checkpoint.folder_of(self.run.folder, self.cursor.step))
-        self._publish(beside, self.prototypes.tensors(), Cursor(episode, "train", 0, self.cursor.step))
-        collectives.on_each_machine(lambda: shutil.rmtree(features_folder(self.run.scratch, episode)))
+    def _cluster_teacher_once(self) -> None:
+        """Labels of a teacher whose features are clustered over all rows, before the first episode; found again by a run that goes on."""
+        settings = self.run.recipe.objectives.get("teacher")
+        if self.teacher is None or settings.refresh != "once":
+            return
+        run, folder = self.run, self.run.folder / "teacher_clusters"
+        about = folder, self.teacher, run.index, run.recipe.prototypes, (run.recipe.data.plan.seed, LABELINGS.index("teacher"))
+        clusters = open_teacher_clusters(*about)
+        if clusters is None:
+            with run.phase("cluster", self.cursor.episode, total=num_iterations(run, 1), unit="iterations"):
+                clusters = cluster_teacher(*about, run.lanes, run.recipe.data.plan.lanes, on_iteration(run, "teacher", 0), event)
+        self.row_labels["teacher"] = clusters.labels
 
-    def _warn_about_collapse(self, figures: dict[str, float]) -> None:
-        for name, share in figures.items():
-            if name.startswith("target_entropy/") and share > COLLAPSED_ENTROPY:
-                self.run.console.event(
-                    f"warning: soft targets of {name.split('/')[1]} prototypes are nearly uniform (entropy {share:.3f} ln K): "
-                    "they teach nothing; lower objectives.prototype.temperature, or use hard targets"
-                )
+    def _cluster(self, episode: int) -> None:
+        """Prototypes of an episode, published beside the weights they belong to."""
+        self._save()
+        run, active = self.run, self.trainer.active(episode)
+        searched = [name for name in labelings(active) if name not in self.row_labels]
+        with self._teacher_ahead(episode, searched) as begun:
+            rows = refresh.rows_to_cluster(refresh.Source(run, self.trainer.strategy, self.plan, self.cursor.step))
+            with run.phase("cluster", episode, total=num_iterations(run, len(searched)), unit="iterations"):
+                found = cluster(run, rows, active, episode, self.row_labels, begun, self.warm_centroids)
+        self.prototypes = found.prototypes
+        self.warm_centroids = found.centroids if run.recipe.prototypes.starts_warm else {}
+        run.log.once("episode", step=self.cursor.step, samples=self._samples, episode=episode, **found.figures)
+        run.log.table("kmeans", found.table, step=self.cursor.step, samples=self._samples, episode=episode)
+        for line in (clustering_line(found.figures), *(f"warning: {each}" for each in collapse_warnings(found.figures, run.recipe.prototypes.clusters))):
+            if line:
+                run.console.event(line)
+        if self._evaluates(episode) or not self._clusters(episode + 1):
+            with run.clock.measure("pictures"):
+                draw_prototypes(run, rows, found.labels, self.prototypes)
+        beside = checkpoint.prototypes_folder(checkpoint.folder_of(run.folder, self.cursor.step))
+        self._publish(beside, self.prototypes.tensors() | self._warm_tensors(), Cursor(episode, "train", 0, self.cursor.step))
+        refresh.remove(rows)
+
+    @contextlib.contextmanager
+    def _teacher_ahead(self, episode: int, searched: list[str]) -> Iterator[dict[str, Begun]]:
+        """The clusters of a teacher that are found while the students' features are extracted."""
+        if "teacher" not in searched:
+            yield {}
+            return
+        folder = self.run.scratch / f"teacher-{episode:06d}-rank-{collectives.rank():05d}"
+        with TeacherAhead(self.run, self.teacher, self.plan, folder, seed_of(self.run, episode, "teacher"), event) as ahead:
+            yield {"teacher": ahead.result}
+
+    def _warm_tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{WARM}{name}": torch.from_numpy(centroids) for name, centroids in self.warm_centroids.items()}
 
     def _train_episode(self, episode: int) -> None:
         """One pass over the episode, or what a resumed run has left of it."""
@@ -153,15 +189,17 @@ class EpisodeMachine:
         first = self.cursor.step - done
         every = self.run.recipe.run.checkpoint_steps
         num_steps = min(self.run.plan.steps_per_episode, self.run.schedule.total_steps - first)
+        recorder = self.records.begin(episode, done)
         with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
             batches = (self.head_start and self.head_start.take(episode, done)) or train_batches(self.run, self.plan, done)
-            for step in train_episode(self.run, self.trainer, batches, episode, self.cursor.step, self.prototypes):
+            for step in train_episode(self.run, self.trainer, batches, episode, self.cursor.step, self.prototypes, recorder):
                 self._move(step=step, step_in_episode=step - first)
                 if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
                     self.ahead = Fetch(self.run, episode + 1)
                 if every and step % every == 0 and step - first < num_steps:  # the last one saves after the loop
                     self._save()
                 self.run.stop.agree()
+        self.records.seal()
         self.run.bad_rows.check()
 
     def _evaluates(self, episode: int) -> bool:
@@ -175,7 +213,7 @@ class EpisodeMachine:
             return
         with self.run.phase("evaluate", episode, total=None, unit="sets"):
             event("evaluate.start")
-            figures = evaluate(self.trainer.model, self.run.recipe, self.run.tokenizer, self.run.device)
+            figures = evaluate(self.trainer.model, self.run.recipe, self.run.tokenizer, self.run.device, prototypes=self.prototypes)
         self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self.run.console.evaluation(figures)
 
@@ -184,13 +222,14 @@ class EpisodeMachine:
         return self.cursor.step * self.run.recipe.data.plan.global_batch
 
     def _save(self) -> None:
-        """Publish the weights, the optimiser and, inside an episode, its prototypes; once for a step."""
+        """Publish the weights, the optimiser and the prototypes they were trained with; once for a step."""
         folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
         if not collectives.broadcast_object(folder.is_dir()):
             tensors = self.trainer.tensors()
-            if self.prototypes and self.cursor.step_in_episode < self.run.plan.steps_per_episode:
+            if self.prototypes:
                 tensors |= self.prototypes.tensors()
-            self._publish(folder, tensors, self.cursor)
+            self.records.flush()
+            self._publish(folder, tensors | self._warm_tensors(), self.cursor)
         self._point_to(folder)
 
     def _point_to(self, folder: Path) -> None:
@@ -198,11 +237,13 @@ class EpisodeMachine:
         if collectives.rank() == 0 and folder.parent == self.run.folder / "checkpoints":
             publish_text(folder.parent / "latest", folder.name + "\n")
             checkpoint.prune(self.run.folder, self.run.recipe.run.keep_checkpoints)
+            self.records.forget(self.cursor)
             self.run.log.once("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
 
     def _publish(self, folder: Path, tensors: dict[str, torch.Tensor], cursor: Cursor) -> None:
         about = checkpoint.describe(
-            cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state()
+            cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state(),
+            recorded=self.records.counted_on(cursor),
         )
         with self.run.clock.measure("checkpoint"):
             checkpoint.save(folder, tensors, about, lambda: guard_attempt(self.run.folder, self.run.attempt))

@@ -16,7 +16,7 @@ from protoclip_scale.engine.run_folder import newest_attempt
 from protoclip_scale.files import publish_json, publish_text
 from protoclip_scale.report.plain import append_log
 
-KINDS = ("train", "episode", "eval", "checkpoint")
+KINDS = ("train", "episode", "kmeans", "eval", "checkpoint")
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "timm", "datasets", "faiss-cpu", "faiss-gpu", "numpy", "deepspeed")
 
 
@@ -89,6 +89,12 @@ class RunLog:
         """Append a line unless there is one of this kind and step, as there may be after a kill between the deed and its line."""
         if self.is_main and self.last(kind, step) is None:
             self.metrics(kind, step, samples, **figures)
+
+    def table(self, kind: str, lines: list[dict[str, Any]], step: int, samples: int, **figures: Any) -> None:
+        """Append several lines of one kind and step, unless there are some."""
+        if self.is_main and self.last(kind, step) is None:
+            for line in lines:
+                self.metrics(kind, step, samples, **figures, **line)
 
     def last(self, kind: str, step: int | None = None) -> dict[str, Any] | None:
         """The newest line of a kind, or of a kind and step; None if there is none. Reads the file."""

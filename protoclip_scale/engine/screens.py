@@ -9,6 +9,7 @@ from protoclip_scale import collectives
 from protoclip_scale.data.quarantine import read_quarantine, summary
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.context import RunContext
+from protoclip_scale.engine.pictures import newest_pictures
 from protoclip_scale.models.dual_encoder import DualEncoder
 
 
@@ -47,7 +48,7 @@ def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float
     quarantine = run.folder / "quarantine"
     listed = read_quarantine(quarantine)
     newest = checkpoint.list_checkpoints(run.folder)
-    pictures = [*sorted((run.folder / "pictures").glob("*.png"))[-2:], run.folder / "pictures" / "console.svg"]
+    pictures = [*newest_pictures(run.folder), run.folder / "pictures" / "console.svg"]
     return {
         "evaluation": run.log.last("eval") or {},
         "baseline": json.loads(baseline.read_text()) if baseline.exists() else {},

@@ -66,8 +66,8 @@ class Trainer:
     def active(self, episode: int) -> dict[str, Objective]:
         return {name: objective for name, objective in self.objectives.items() if objective.active(episode)}
 
-    def loss(self, batch: Batch, episode: int, prototypes: EpisodePrototypes | None) -> Loss:
-        """One forward of the local rows and all active objectives; a collective."""
+    def loss(self, batch: Batch, episode: int, prototypes: EpisodePrototypes | None, records: frozenset[str] = frozenset()) -> Loss:
+        """One forward of the local rows and all active objectives; a collective. ``records``: features to compute besides, without gradient."""
         active = self.active(episode)
         wants = frozenset().union(*(objective.needs for objective in active.values()))
         device = self.strategy.device
@@ -77,6 +77,7 @@ class Trainer:
                 batch.token_ids.to(device, non_blocking=True),
                 batch.token_lengths.to(device, non_blocking=True),
                 wants=wants,
+                records=records,
             )
         rows = len(batch.positions)
         names = sorted(set().union(*(objective.gathers for objective in active.values())))
@@ -84,7 +85,7 @@ class Trainer:
         columns_B = torch.arange(rows, device=device) + collectives.rank() * rows
         targets = Targets(columns_B)
         if prototypes:
-            targets = Targets(columns_B, prototypes.centroids, prototypes.labels_of(batch.positions, device))
+            targets = Targets(columns_B, prototypes.centroids, prototypes.labels_of(batch, features))
         terms = {name: objective.coupled(features, gathered, targets) for name, objective in active.items()}
         total = torch.stack([self.objectives[name].settings.weight * term for name, term in terms.items()]).sum()
         return Loss(total, {name: term.detach() for name, term in terms.items()}, features)

@@ -1,4 +1,4 @@
-"""The train phase: one pass over an episode, labels looked up by position."""
+"""The train phase: one pass over an episode, labels looked up by position or row."""
 
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.trainer import Loss, Trainer
 from protoclip_scale.prototypes.episode import EpisodePrototypes
+from protoclip_scale.prototypes.recording import COLUMNS, Recorder
 
 
 def _timed(batches: Iterator[Batch], waits: list[float]) -> Iterator[Batch]:
@@ -32,16 +33,18 @@ def _averaged(loss: Loss) -> dict[str, float]:
 
 
 def train_episode(
-    run: RunContext, trainer: Trainer, batches: Iterator[Batch], episode: int, step: int, prototypes: EpisodePrototypes | None
+    run: RunContext, trainer: Trainer, batches: Iterator[Batch], episode: int, step: int, prototypes: EpisodePrototypes | None, recorder: Recorder | None
 ) -> Iterator[int]:
-    """Train on batches of the episode; yields the number of steps of the run taken so far, after each one."""
+    """Train on batches of the episode; yields the number of steps of the run taken so far, after each one. ``recorder`` keeps the features of the steps that
+    were taken."""
     recipe, total = run.recipe, run.schedule.total_steps
+    recorded = frozenset(COLUMNS.values()) if recorder else frozenset()
     waits: list[float] = []
     window_start, window_steps = time.perf_counter(), 0
     trainer.strategy.model.train()
     for batch in _timed(batches, waits):
         run.bad_rows.add(batch)
-        loss = trainer.loss(batch, episode, prototypes)
+        loss = trainer.loss(batch, episode, prototypes, recorded)
         event("train.forward")
         norm, taken = float("nan"), False
         if not collectives.any_rank(not bool(torch.isfinite(loss.total))):
@@ -50,6 +53,8 @@ def train_episode(
             run.nonfinite.passed()
         else:
             run.nonfinite.skipped(batch, step)
+        if taken and recorder:
+            recorder.write(batch.slots, batch.row_ids, loss.features)
         run.trace.write(step, batch.row_ids)
         step, window_steps = step + 1, window_steps + 1
         if step % recipe.run.log_steps == 0 or step == total:

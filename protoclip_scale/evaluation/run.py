@@ -1,6 +1,7 @@
 """All figures of a model on a recipe's held-out sets, as one flat dictionary."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.data.decode import Limits
+from protoclip_scale.evaluation.clusters import WithPrototypes, cluster_figures
 from protoclip_scale.evaluation.diagnostics import modality_figures
 from protoclip_scale.evaluation.encode import Encoder, encode_images, encode_texts
 from protoclip_scale.evaluation.pixels import PixelStore
@@ -26,15 +28,20 @@ from protoclip_scale.evaluation.zero_shot import (
     zero_shot_figures,
 )
 from protoclip_scale.models.build import build_model
+from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.recipe.schema import Evaluation, EvaluationSet, Recipe
+
+EVERYTHING = sys.maxsize  # as a number of columns
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet:
-    """What figures are computed from: the decodable rows of a set, ``images`` [n, D] float32 unit rows on the CPU."""
+    """What figures are computed from: the decodable rows of a set, ``images`` [n, D] float32 unit rows on the CPU; ``image_prototypes`` [n, P] likewise, P = 0
+    without prototypes."""
 
     settings: EvaluationSet
     images: torch.Tensor
+    image_prototypes: torch.Tensor
     captions: list[list[str]]
     classes: dict[str, list[str]]
     undecodable: int
@@ -46,33 +53,49 @@ class EncodedSet:
     def with_captions(self) -> "EncodedSet":
         """The rows that have a caption: those that take part in retrieval and in the modality figures."""
         rows = [row for row, texts in enumerate(self.captions) if texts]
-        return EncodedSet(self.settings, self.images[rows], [self.captions[row] for row in rows], {}, self.undecodable)
+        return EncodedSet(self.settings, self.images[rows], self.image_prototypes[rows], [self.captions[row] for row in rows], {}, self.undecodable)
 
 
 class TextRows:
-    """Embeddings of distinct texts, encoded once each, so that equal texts score exactly alike."""
+    """Rows of distinct texts, encoded once each, so that equal texts score exactly alike: an embedding of ``width``, and what ``encode`` gives beside it."""
 
-    def __init__(self, texts: Sequence[str], encode: Callable[[list[str]], torch.Tensor]):
+    def __init__(self, texts: Sequence[str], encode: Callable[[list[str]], torch.Tensor], width: int = EVERYTHING):
         ordered = sorted(set(texts), key=lambda text: (len(text), text))  # batches of like length leave little padding
         self.numbers = {text: number for number, text in enumerate(ordered)}
-        self.rows = encode(ordered) if ordered else torch.empty(0, 0)
+        rows = encode(ordered) if ordered else torch.empty(0, 0)
+        self.rows, self.beside = rows[:, :width], rows[:, width:]
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         return self.rows[[self.numbers[text] for text in texts]]
 
+    def prototypes(self, texts: Sequence[str]) -> torch.Tensor:
+        """Their prototype features [n, P]."""
+        return self.beside[[self.numbers[text] for text in texts]]
 
-def evaluate(model: Encoder, recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32") -> dict[str, float]:
+
+def evaluate(
+    model: Encoder, recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32", prototypes: EpisodePrototypes | None = None
+) -> dict[str, float]:
     """``evaluate_suite`` on the recipe's own held-out sets."""
-    return evaluate_suite(model, suite_of_recipe(recipe), recipe.model.image.size, tokenizer, device, precision)
+    return evaluate_suite(model, suite_of_recipe(recipe), recipe.model.image.size, tokenizer, device, precision, prototypes)
 
 
-def evaluate_suite(model: Encoder, suite: Suite, image_size: int, tokenizer: Callable, device: torch.device, precision: str = "fp32") -> dict[str, float]:
+def evaluate_suite(
+    model: Encoder,
+    suite: Suite,
+    image_size: int,
+    tokenizer: Callable,
+    device: torch.device,
+    precision: str = "fp32",
+    prototypes: EpisodePrototypes | None = None,
+) -> dict[str, float]:
     """Zero-shot, retrieval, linear-probe and modality figures of a suite; a collective, the same on all ranks and for any W.
 
     Keys: ``SET/zero_shot/COLUMN/{top1,class_mean,constant,classes,n}``, ``SET/retrieval/{image_to_text,text_to_image}/R@{1,5,10}``,
     ``SET/retrieval/{mean_recall,chance_R@10,chance_mean_recall,n,captions}``, ``SET/probe/COLUMN/{top1,class_mean,constant,n}``,
     ``SET/{modality_gap,positive_cosine,image_feature_std,text_feature_std,undecodable}``, and ``GALLERY/SET/retrieval/...`` for the
-    queries of a set against a pooled gallery. Accuracies and recalls are shares in [0, 1].
+    queries of a set against a pooled gallery. Accuracies and recalls are shares in [0, 1]. With ``prototypes``, those of the episode that ``model``, a
+    ``DualEncoder`` with prototype heads, was just trained on, also ``SET/clusters/COLUMN/PROTOTYPES/{ari,ami}`` (see ``label_agreement``).
 
     Zero-shot classes are the names that occur in the set. Retrieval leaves out images without a caption. The probe is fitted on
     unit embeddings of ``probe_train`` and judged on each set that shares a column with it, on rows whose class it has seen.
@@ -85,19 +108,20 @@ def evaluate_suite(model: Encoder, suite: Suite, image_size: int, tokenizer: Cal
     settings = suite.evaluation
     device = torch.device(device)
     store = _pixel_store(image_size, suite.limits)
+    encoder, width = (WithPrototypes(model), model.embed_dim) if prototypes else (model, EVERYTHING)
 
     def encode(held_out: EvaluationSet) -> EncodedSet:
         rows = cached_set(held_out, suite.root, suite.retry_seconds)
-        images, decodable = encode_images(model, store.pixels_of(rows), len(rows), settings.batch, device, precision)
+        images, decodable = encode_images(encoder, store.pixels_of(rows), len(rows), settings.batch, device, precision)
         kept = decodable.nonzero()[:, 0].tolist()
         classes = {column: [values[row] for row in kept] for column, values in rows.classes.items()}
-        return EncodedSet(held_out, images[kept], [rows.captions[row] for row in kept], classes, len(rows) - len(kept))
+        return EncodedSet(held_out, images[kept, :width], images[kept, width:], [rows.captions[row] for row in kept], classes, len(rows) - len(kept))
 
     sets = {held_out.name: encode(held_out) for held_out in settings.sets}
     probe_train = encode(settings.probe_train) if settings.probe_train and sets else None
     wanted = [text for held_out in sets.values() for texts in (*held_out.captions, held_out.prompts()) for text in texts]
-    texts = TextRows(wanted, lambda distinct: encode_texts(model, tokenizer, distinct, settings.batch, device, precision))
-    return collectives.from_rank_zero(lambda: _figures(settings, sets, probe_train, texts, device))
+    texts = TextRows(wanted, lambda distinct: encode_texts(encoder, tokenizer, distinct, settings.batch, device, precision), width)
+    return collectives.from_rank_zero(lambda: _figures(settings, sets, probe_train, texts, prototypes, device))
 
 
 def baseline(recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32") -> dict[str, float]:
@@ -111,7 +135,14 @@ def _pixel_store(size: int, limits: Limits) -> PixelStore:
     return PixelStore(size, limits)
 
 
-def _figures(settings: Evaluation, sets: dict[str, EncodedSet], probe_train: EncodedSet | None, texts: TextRows, device: torch.device) -> dict[str, float]:
+def _figures(
+    settings: Evaluation,
+    sets: dict[str, EncodedSet],
+    probe_train: EncodedSet | None,
+    texts: TextRows,
+    prototypes: EpisodePrototypes | None,
+    device: torch.device,
+) -> dict[str, float]:
     probes = _fit_probes(probe_train, sets, device) if probe_train else {}
     figures: dict[str, Any] = {}
     for name, held_out in sets.items():
@@ -125,6 +156,8 @@ def _figures(settings: Evaluation, sets: dict[str, EncodedSet], probe_train: Enc
                 figures |= _under(f"{name}/probe/{column}", _probe(held_out, column, names, probe, device))
         if len(captioned.images):
             figures |= _under(name, modality_figures(captioned.images, texts([captions[0] for captions in captioned.captions])))
+        if prototypes:
+            figures |= _under(f"{name}/clusters", _clusters(held_out, texts, prototypes))
         figures[f"{name}/undecodable"] = held_out.undecodable
     for gallery, members in settings.gallery.items():
         pooled = [captioned for member in members if len((captioned := sets[member].with_captions()).images)]
@@ -154,6 +187,11 @@ def _retrieval(pooled: list[EncodedSet], asking: EncodedSet, texts: TextRows) ->
     first = sum(len(held_out.images) for held_out in pooled[: pooled.index(asking)])
     queries = torch.arange(first, first + len(asking.images))
     return retrieval_figures(torch.cat([held_out.images for held_out in pooled]), texts(distinct), caption_text, caption_image, queries)
+
+
+def _clusters(held_out: EncodedSet, texts: TextRows, prototypes: EpisodePrototypes) -> dict[str, float]:
+    with_text = [row for row, captions in enumerate(held_out.captions) if captions]
+    return cluster_figures(prototypes, held_out.image_prototypes, texts.prototypes([held_out.captions[row][0] for row in with_text]), with_text, held_out.classes)
 
 
 def _fit_probes(train: EncodedSet, sets: dict[str, EncodedSet], device: torch.device) -> dict[str, tuple[list[str], LinearProbe]]:

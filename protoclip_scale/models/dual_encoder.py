@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import nn
 
+from protoclip_scale.data.transforms import normalize
 from protoclip_scale.models.batch_norm import convert_batch_norm
 from protoclip_scale.models.heads import PrototypeHead
 from protoclip_scale.models.image import ImageTower
@@ -79,27 +80,26 @@ class DualEncoder(nn.Module):
             self.image_prototype_head = copy.deepcopy(self.text_prototype_head)
         if "prototype_scale" in features:
             self.prototype_logit_scale = LogitScale(model.logit_scale)
-        mean, deviation = NORMALIZATION[model.image.normalization]
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
+        self.normalization = NORMALIZATION[model.image.normalization]
         self.image_frozen = False
 
-    def forward(self, images: torch.Tensor, token_ids: torch.Tensor, token_lengths: torch.Tensor, wants: frozenset[str]) -> dict[str, torch.Tensor]:
-        """The ``wants`` features of images (uint8 [B, 3, S, S], or floats that are already normalised) and captions."""
-        assert wants <= self.features, f"wanted {set(wants - self.features)} which the model was not built for"
+    def forward(
+        self, images: torch.Tensor, token_ids: torch.Tensor, token_lengths: torch.Tensor, wants: frozenset[str], records: frozenset[str] = frozenset()
+    ) -> dict[str, torch.Tensor]:
+        """The ``wants`` features of images (uint8 [B, 3, S, S], or floats that are already normalised) and captions; those of ``records`` that
+        are not wanted besides are computed without gradient, their heads as idle as if they were not asked for."""
+        assert wants | records <= self.features, f"wanted {set((wants | records) - self.features)} which the model was not built for"
         outputs = {}
-        if wants & {"image", "image_prototype"}:
-            projected = self._project_image(images)
-            if "image" in wants:
-                outputs["image"] = F.normalize(projected, dim=-1)
-            if "image_prototype" in wants:
-                outputs["image_prototype"] = self._prototype(self.image_prototype_head, projected)
-        if wants & {"text", "text_prototype"}:
-            projected = self._project_text(token_ids, token_lengths)
-            if "text" in wants:
-                outputs["text"] = F.normalize(projected, dim=-1)
-            if "text_prototype" in wants:
-                outputs["text_prototype"] = self._prototype(self.text_prototype_head, projected)
+        for side, project in (("image", lambda: self._project_image(images)), ("text", lambda: self._project_text(token_ids, token_lengths))):
+            prototype, asked = f"{side}_prototype", wants | records
+            if not asked & {side, prototype}:
+                continue
+            projected = project()
+            if side in wants:
+                outputs[side] = F.normalize(projected, dim=-1)
+            if prototype in asked:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and prototype in wants):
+                    outputs[prototype] = self._prototype(getattr(self, f"{prototype}_head"), projected)
         if "logit_scale" in wants:
             outputs["logit_scale"] = self.logit_scale()
         if "prototype_scale" in wants:
@@ -108,7 +108,7 @@ class DualEncoder(nn.Module):
             unused = [self.get_parameter(name) for name in self.head_parameters(FEATURES - wants)]
             idle = [parameter for parameter in unused if parameter.requires_grad]
             if idle:
-                outputs = {name: _JoinGraph.apply(output, *idle) for name, output in outputs.items()}
+                outputs = {name: _JoinGraph.apply(output, *idle) if name in wants else output for name, output in outputs.items()}
         return outputs
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class DualEncoder(nn.Module):
         """uint8 [B, 3, S, S] -> floats with the recipe's channel means and deviations; floats pass unchanged."""
         if images.dtype != torch.uint8:
             return images
-        return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        return normalize(images, *self.normalization).to(self.logit_scale.log.dtype)
 
     def _project_image(self, images: torch.Tensor) -> torch.Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_frozen):

@@ -3,18 +3,24 @@
 The teacher's clusters are translated into each student's space; labels are hard.
 """
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 
 from protoclip_scale.objectives.base import Objective, Targets, between_warmup_and_ending
-from protoclip_scale.objectives.prototype import prototype_loss
-from protoclip_scale.recipe.schema import ObjectiveSettings
+from protoclip_scale.prototypes.loss import Contrasts, prototype_loss
+from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 
 
 class Settings(ObjectiveSettings):
     """Prototype discrimination against an external teacher's clusters."""
 
     features: str = Field(description="Store of teacher features made by tools/extract_teacher.py, relative to the recipe's folder; {root} stands for data.root.")
+    refresh: Literal["episode", "once"] = Field("episode", description="episode: the features of each episode's rows are clustered before it, as the paper; once: those of all rows, before the first episode.")
+    empty_clusters: Literal["zero", "masked"] = Field(
+        "zero", description="Prototypes of clusters without rows. zero: a zero row of the softmax, as in the published code; masked: not in it, nor are rows of such a cluster."
+    )
 
 
 class ExternalTeacher(Objective):
@@ -22,6 +28,10 @@ class ExternalTeacher(Objective):
 
     needs = frozenset({"image_prototype", "text_prototype", "prototype_scale"})
     clusters = ("teacher",)
+
+    def __init__(self, settings: Settings, recipe: Recipe):
+        super().__init__(settings, recipe)
+        self._contrasts = Contrasts(mask_empty=settings.empty_clusters == "masked")
 
     def active(self, episode: int) -> bool:
         return super().active(episode) and between_warmup_and_ending(self.recipe, episode)
@@ -31,7 +41,7 @@ class ExternalTeacher(Objective):
             prototype_loss(
                 features[f"{student}_prototype"],
                 features["prototype_scale"],
-                targets.episode[f"{student}_from_teacher"],
+                self._contrasts.of(student, targets.episode[f"{student}_from_teacher"]),
                 targets.labels["teacher"],
             )
             for student in ("image", "text")

@@ -1,7 +1,7 @@
 """Figures that tell a healthy clustering from a collapsed one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ import torch
 from protoclip_scale.prototypes.fixed_point import reduce_array
 
 TILE_ELEMENTS = 1 << 23
+COLLAPSED_ENTROPY = 0.95
+SMALL_IMBALANCE = 4.0  # uneven at most: with so few clusters K / 2 says nothing
 
 
 def imbalance(counts: np.ndarray) -> float:
@@ -18,8 +20,11 @@ def imbalance(counts: np.ndarray) -> float:
 
 
 def class_counts(labels: Sequence[np.ndarray], num_clusters: int) -> np.ndarray:
-    """int64 [K]: rows of each cluster over all ranks, from the labels of the own lanes; a collective."""
-    return reduce_array(sum((np.bincount(part, minlength=num_clusters) for part in labels), np.zeros(num_clusters, dtype=np.int64)))
+    """int64 [K]: rows of each cluster over all ranks, from the labels of the own lanes, -1 for rows of none; a collective."""
+    counts = np.zeros(num_clusters, dtype=np.int64)
+    for part in labels:
+        counts += np.bincount(part[part >= 0], minlength=num_clusters)
+    return reduce_array(counts)
 
 
 @torch.no_grad()
@@ -43,3 +48,25 @@ def target_entropy(centroids: np.ndarray | torch.Tensor, labels: Sequence[np.nda
         entropy = -(log_targets.exp() * log_targets).sum(dim=1)
         total += (entropy.double() * weights[start : start + tile_rows]).sum()
     return float(total / weights.sum() / math.log(num_clusters))
+
+
+def collapse_warnings(figures: Mapping[str, float], num_clusters: int) -> list[str]:
+    """One line for each way in which a clustering's ``figures`` say that it teaches nothing, with what to do.
+
+    ``target_entropy/<labeling>`` above 0.95; ``kmeans/<labeling>/imbalance`` above K / 2: fewer than two clusters would be as uneven, so nearly all rows lie in one.
+    """
+    lines = []
+    for name, value in figures.items():
+        kind, _, rest = name.partition("/")
+        labeling = rest.split("/")[0]
+        if kind == "target_entropy" and value > COLLAPSED_ENTROPY:
+            lines.append(
+                f"soft targets of {labeling} prototypes are nearly uniform (entropy {value:.3f} ln K): they teach nothing; "
+                "lower objectives.prototype.temperature, or use hard targets"
+            )
+        if kind == "kmeans" and name.endswith("/imbalance") and value > max(num_clusters / 2, SMALL_IMBALANCE):
+            lines.append(
+                f"nearly all {labeling} features lie in one cluster (imbalance {value:.1f} of at most {num_clusters}): they have collapsed; "
+                "compare quality/*/effective_rank of the episodes before, and lower optim.lr or the objectives' weights"
+            )
+    return lines

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from protoclip_scale import collectives
 from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes.store import BLOCK_ROWS, let_pages_go
+from protoclip_scale.prototypes.mapped import let_pages_go
+from protoclip_scale.prototypes.store import BLOCK_ROWS
+
+ADDED_ROWS = 4096  # 4 MB of int64 at d = 128: a processor's cache holds it
 
 
 def _to_device(array: np.ndarray) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.cuda() if dist.is_initialized() and dist.get_backend() == "nccl" else tensor
+    return tensor.cuda() if collectives.backend() == "nccl" else tensor
 
 
 def reduce_array(array: np.ndarray, op: str = "sum") -> np.ndarray:
@@ -68,14 +70,22 @@ def extent_of(parts: Sequence[np.ndarray]) -> Extent:
 
 
 def add_by_class(sums: np.ndarray, counts: np.ndarray, features: np.ndarray, labels: np.ndarray, exponent: int) -> None:
-    """Adds rows [n, d] to int64 ``sums`` [K, d] at their labels, in units of 2**-exponent, and 1 each to ``counts`` [K], in place.
+    """``add_rows`` for NumPy arrays."""
+    rows = torch.from_numpy(np.array(features, dtype=np.float32))
+    add_rows(torch.from_numpy(sums), torch.from_numpy(counts), rows, torch.from_numpy(labels.astype(np.int64)), exponent)
+
+
+def add_rows(sums_KD: torch.Tensor, counts_K: torch.Tensor, rows_ND: torch.Tensor, labels: torch.Tensor, exponent: int, sign: int = 1) -> None:
+    """Adds float32 rows to int64 sums at their labels int64 [N], in units of 2**-exponent, and 1 each to the counts, in place; with
+    ``sign`` -1 takes them away again, to the bit.
 
     Scaling float32 by a power of two is exact; the conversion cuts towards zero.
     """
-    indexes = torch.from_numpy(labels.astype(np.int64, copy=False))
-    fixed = (torch.from_numpy(np.array(features, dtype=np.float32)) * math.ldexp(1.0, exponent)).to(torch.int64)
-    torch.from_numpy(sums).index_add_(0, indexes, fixed)
-    counts += np.bincount(labels, minlength=len(counts))
+    scale = sign * math.ldexp(1.0, exponent)
+    for start in range(0, len(rows_ND), ADDED_ROWS):
+        block = slice(start, start + ADDED_ROWS)
+        sums_KD.index_add_(0, labels[block], (rows_ND[block] * scale).to(torch.int64))
+    counts_K += sign * torch.bincount(labels, minlength=len(counts_K))
 
 
 def means(sums: np.ndarray, counts: np.ndarray, exponent: int) -> np.ndarray:

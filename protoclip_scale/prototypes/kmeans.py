@@ -1,7 +1,9 @@
 """k-means over the features of all ranks, each searching its own lanes; the result does not depend on their number (law 6).
 
-Lloyd's iterations: Euclidean, plain means that are never normalised, no sub-sampling (methods 6.2, step 3). What crosses ranks is
-integer sums and counts, and single rows in a keyed order, so that 1 or 64 ranks do the same arithmetic.
+Lloyd's iterations: Euclidean, plain means that are never normalised (unless spherical), no sub-sampling (methods 6.2, step 3). As in
+faiss.contrib.clustering (DatasetAssign, and its distributed demo), ranks assign rows and share sums and counts, and centroids are made
+from those on every rank. Those sums are floats, which depend on the order of their terms; ours are integers, and single rows cross ranks in
+a keyed order, so that 1 or 64 ranks do the same arithmetic.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,17 +11,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protoclip_scale.errors import UserError
-from protoclip_scale.prototypes.assign import assign
+from protoclip_scale.prototypes.back_translation import unit_rows
 from protoclip_scale.prototypes.diagnostics import imbalance
-from protoclip_scale.prototypes.distinct import draw_distinct, position_keys
-from protoclip_scale.prototypes.fixed_point import Extent, add_by_class, extent_of, means, reduce_array, unit_exponent
-from protoclip_scale.prototypes.store import let_pages_go
+from protoclip_scale.prototypes.fixed_point import Extent, extent_of, means
+from protoclip_scale.prototypes.splitting import split_clusters
+from protoclip_scale.prototypes.starts import SAME_ROW, draw_starts
+from protoclip_scale.prototypes.sweeps import Sweeps
 from protoclip_scale.recipe.schema import Prototypes
 
-TILE_ROWS = 65536
-SAME_ROW = 1e-3  # rows closer than this, in units of the largest value, count as one: equal captions differ by rounding
-OnIteration = Callable[[int, int, float, int, int], None]
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration, before its centroids are updated: ``objective`` the sum of squared distances to the nearest centroids, ``moved``
+    rows whose label changed, ``empty`` clusters without a row, ``imbalance`` K sum(n_k^2) / N^2."""
+
+    restart: int
+    iteration: int
+    objective: float
+    moved: int
+    empty: int
+    imbalance: float
+
+
+OnIteration = Callable[[Iteration], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,8 @@ class KMeansResult:
     """The best restart. ``labels``: int32 [n_l] of each own lane, the nearest centroid of each row; all else is the same on all ranks.
 
     ``objective``: sum of squared distances to the nearest centroid; ``objectives``: of every restart; ``empties``: clusters without
-    a row; ``imbalance``: K sum(n_k^2) / N^2, 1 if all clusters are of one size; ``iterations``: updates of the centroids made.
+    a row; ``imbalance``: K sum(n_k^2) / N^2, 1 if all clusters are of one size; ``iterations``: updates of the centroids made;
+    ``history``: the iterations of all restarts, each before its update.
     """
 
     centroids: np.ndarray
@@ -38,132 +53,85 @@ class KMeansResult:
     empties: int
     imbalance: float
     iterations: int
-
-
-@dataclass
-class _Sweep:
-    labels: list[np.ndarray]
-    distances: list[np.ndarray]
-    sums: np.ndarray
-    counts: np.ndarray
-    objective: float
-    moved: int
+    history: tuple[Iteration, ...]
 
 
 def fit(
     parts: Sequence[np.ndarray],
-    first_positions: Sequence[int],
+    positions: Sequence[np.ndarray],
     settings: Prototypes,
     seed: Sequence[int],
     on_iteration: OnIteration | None = None,
+    start: np.ndarray | None = None,
 ) -> KMeansResult:
     """Clusters the rows of all ranks' ``parts`` into ``settings.clusters``; a collective.
 
-    ``parts``: the own lanes' features [n_l, d], float16 or float32, memory-mapped or not; ``first_positions``: the episode position of
-    each one's first row; ``seed``: integers that with the restart and a row's position alone fix the starts. ``on_iteration(restart,
-    iteration, objective, moved labels, empty clusters)`` is called in each iteration, on all ranks alike; it may raise to stop.
-    Raises UserError if there are fewer distinct rows than clusters, or for non-finite features. Costs restarts x (iterations + 1) searches
-    of 2 n K d operations; memory besides the mapped features is one tile, K x d sums, and a label and a distance per row.
+    ``parts``: the own lanes' features [n_l, d], float16 or float32, memory-mapped or not; n_l may be 0. ``positions``: int64 [n_l] of each, a
+    number of every row that no other row of any rank has, such as its place in the episode. ``seed``: integers that with the restart and
+    a row's position alone fix the draws. ``start``: float32 [m <= K, d], where the first restart begins; missing ones are drawn. ``on_iteration``
+    is called in each iteration, on all ranks alike; it may raise to stop.
+
+    Raises UserError if there are fewer distinct rows than clusters, or for non-finite features. Costs at most restarts x (iterations + 1)
+    searches of 2 n K d operations, on real features two or three searches a restart (see sweeps); memory besides the mapped features is one
+    tile, K x d sums, and twelve bytes a row.
     """
     extent = extent_of(parts)
-    best: tuple[_Sweep, np.ndarray, int] | None = None
-    objectives = []
+    best: _Restart | None = None
+    objectives, history = [], []
     for restart in range(settings.restarts):
-        starts = draw_starts(parts, first_positions, settings, seed, restart, extent)
-        sweep, centroids, iterations = _lloyd(parts, first_positions, starts, settings, [*seed, restart], extent, on_iteration)
-        objectives.append(sweep.objective)
-        if best is None or sweep.objective < best[0].objective:
-            best = (sweep, centroids, iterations)
+        own_seed = [*seed, restart]
+        centroids = draw_starts(parts, positions, settings, own_seed, extent, start if restart == 0 else None)
+        found = _lloyd(parts, positions, centroids, settings, own_seed, extent, history, on_iteration)
+        objectives.append(found.objective)
+        if best is None or found.objective < best.objective:
+            best = found
     assert best is not None
-    sweep, centroids, iterations = best
-    empties = int((sweep.counts == 0).sum())
+    counts = best.sweeps.counts
+    labels = [lane.cpu().numpy() for lane in best.sweeps.labels]
+    empties = int((counts == 0).sum())
     return KMeansResult(
-        centroids, sweep.labels, sweep.counts, sweep.objective, tuple(objectives), empties, imbalance(sweep.counts), iterations
+        best.centroids, labels, counts, best.objective, tuple(objectives), empties, imbalance(counts), best.iterations, tuple(history)
     )
 
 
-def draw_starts(
-    parts: Sequence[np.ndarray],
-    first_positions: Sequence[int],
-    settings: Prototypes,
-    seed: Sequence[int],
-    restart: int,
-    extent: Extent | None = None,
-) -> np.ndarray:
-    """float32 [K, d]: the first K distinct rows in the order f(seed, restart, position); a collective. UserError if there are fewer."""
-    extent = extent or extent_of(parts)
-    keys = [position_keys([*seed, restart], "k-means start", first, len(part)) for first, part in zip(first_positions, parts, strict=True)]
-    none = np.empty((0, parts[0].shape[1]), dtype=np.float32)
-    starts = draw_distinct(parts, first_positions, keys, settings.clusters, SAME_ROW * extent.largest, none, settings.engine)
-    if len(starts) < settings.clusters:
-        raise UserError(
-            f"prototypes.clusters is {settings.clusters}, but the {extent.num_rows} rows to cluster hold only {len(starts)} distinct "
-            f"features; set prototypes.clusters to at most {len(starts)}, or raise data.plan.episode_size"
-        )
-    return starts
+@dataclass(frozen=True)
+class _Restart:
+    sweeps: Sweeps
+    centroids: np.ndarray
+    objective: float
+    iterations: int
 
 
 def _lloyd(
     parts: Sequence[np.ndarray],
-    first_positions: Sequence[int],
+    positions: Sequence[np.ndarray],
     centroids: np.ndarray,
     settings: Prototypes,
     seed: Sequence[int],
     extent: Extent,
+    history: list[Iteration],
     on_iteration: OnIteration | None,
-) -> tuple[_Sweep, np.ndarray, int]:
-    """One restart, its number last in ``seed``: (the last search, the centroids it searched, updates made)."""
-    labels = [np.full(len(part), -1, dtype=np.int32) for part in parts]
+) -> _Restart:
+    """One restart, its number last in ``seed``; adds its iterations to ``history``."""
+    form = unit_rows if settings.spherical else np.asarray
+    centroids = form(centroids)
+    sweeps = Sweeps(parts, settings.clusters, settings.engine, settings.distances, extent)
+    movement = np.full(settings.clusters, np.inf)
     for iteration in range(settings.iterations + 1):
-        sweep = _search(parts, centroids, labels, settings.engine, extent)
-        empty = np.flatnonzero(sweep.counts == 0)
+        found = sweeps.sweep(centroids, movement)
+        empty = np.flatnonzero(sweeps.counts == 0)
         if iteration == settings.iterations:
             break
+        history.append(Iteration(seed[-1], iteration, found.objective, found.moved, len(empty), imbalance(sweeps.counts)))
         if on_iteration is not None:
-            on_iteration(seed[-1], iteration, sweep.objective, sweep.moved, len(empty))
-        if sweep.moved == 0:
+            on_iteration(history[-1])
+        if found.moved == 0 or (found.moved <= settings.settled * extent.num_rows and not len(empty)):
             break
-        labels = sweep.labels
-        updated = means(sweep.sums, sweep.counts, extent.exponent)
+        updated = means(sweeps.sums, sweeps.counts, extent.exponent)
         if len(empty):
             updated[empty] = centroids[empty]
-            filled = sweep.counts > 0
-            keys = [refill_keys([*seed, iteration], *lane) for lane in zip(first_positions, sweep.distances, strict=True)]
-            refills = draw_distinct(parts, first_positions, keys, len(empty), SAME_ROW * extent.largest, updated[filled], settings.engine)
-            updated[empty[: len(refills)]] = refills
+            updated = split_clusters(updated, sweeps.counts, sweeps.spreads() <= sweeps.counts * (SAME_ROW * extent.largest) ** 2)
+        updated = form(updated)
+        movement = np.linalg.norm(updated.astype(np.float64) - centroids, axis=1)
         centroids = updated
-    return sweep, centroids, iteration
-
-
-def refill_keys(seed: Sequence[int], first_position: int, distances: np.ndarray) -> np.ndarray:
-    """int64 [n_l] keys whose ascending order draws rows without replacement, with probability proportional to their squared ``distances``
-    from their centroids, as k-means++ does; f(seed, position, distance). The farthest rows alone would be outliers of one corner."""
-    uniform = (position_keys(seed, "k-means refill", first_position, len(distances)) + 1.0) / 2.0**63
-    waiting = -np.log(uniform) / np.maximum(distances, np.finfo(np.float32).tiny)
-    return waiting.view(np.int64)  # the bits of positive floats are ordered like their values
-
-
-def _search(parts: Sequence[np.ndarray], centroids: np.ndarray, previous: list[np.ndarray], engine: str, extent: Extent) -> _Sweep:
-    """Nearest centroids of the own lanes, tile by tile; sums, counts, moved labels and objective over all ranks. Tiles start anew in
-    every lane, so that each product has the same shape whichever rank computes it."""
-    num_clusters, dim = centroids.shape
-    sums = np.zeros((num_clusters, dim), dtype=np.int64)
-    counts = np.zeros(num_clusters, dtype=np.int64)
-    objective_exponent = unit_exponent(4 * extent.num_rows * dim * max(extent.largest, 1e-30) ** 2)
-    objective, moved, labels, distances = 0, 0, [], []
-    for part, part_previous in zip(parts, previous, strict=True):
-        labels.append(np.empty(len(part), dtype=np.int32))
-        distances.append(np.empty(len(part), dtype=np.float32))
-        for start in range(0, len(part), TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
-            features = np.asarray(part[tile], dtype=np.float32)
-            nearest, squared = assign(features, centroids, engine)
-            add_by_class(sums, counts, features, nearest, extent.exponent)
-            let_pages_go(part)
-            labels[-1][tile], distances[-1][tile] = nearest, squared
-            objective += int(np.ldexp(squared.astype(np.float64), objective_exponent).astype(np.int64).sum())
-        moved += int((labels[-1] != part_previous).sum())
-    sums = reduce_array(sums)
-    counts_moved_objective = reduce_array(np.concatenate([counts, [moved, objective]]).astype(np.int64))
-    total = float(np.ldexp(float(counts_moved_objective[-1]), -objective_exponent))
-    return _Sweep(labels, distances, sums, counts_moved_objective[:-2], total, int(counts_moved_objective[-2]))
+    return _Restart(sweeps, centroids, found.objective, iteration)

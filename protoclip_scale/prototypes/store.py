@@ -5,15 +5,12 @@ sealed; only a sealed store can be opened. Reading never takes an unwritten or n
 
     folder/layout.json         columns, dtype, rows of each part, info; written by create
     folder/<column>.<part>.npy rows x dim
+    folder/row_ids.<part>.npy  one int64 per row, where the store names its rows
     folder/written.<part>.npy  one uint8 per row
-    folder/manifest.json       written last, by seal: the layout and the parts that are complete
+    folder/manifest.json       written last, by seal: the layout and the parts that are complete, or what they lack
 """
 
-import errno
-import fcntl
 import json
-import math
-import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,34 +21,33 @@ import numpy as np
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import publish_json
+from protoclip_scale.prototypes.mapped import let_pages_go, take_rows
+from protoclip_scale.prototypes.store_writer import MARKS, ROW_IDS, Writer
 
 SCHEMA_VERSION = 1
 DTYPES = ("float16", "float32")
-FLUSH_ROWS = 8192
 BLOCK_ROWS = 16384
-
-
-def let_pages_go(array: np.ndarray) -> None:
-    """Takes a file-backed array's pages out of this process's resident memory; they are read again when touched."""
-    if isinstance(array, np.memmap) and array.filename is not None and array.mode in ("r", "r+"):
-        base: Any = array
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
+MARKS_AT_ONCE = 1 << 20
 
 
 class FeatureStore:
-    """Columns of float16 or float32 features in numbered parts (the lanes of an episode, or the sources of a teacher)."""
+    """Columns of float16 or float32 features in numbered parts (the lanes of an episode, or the sources of a teacher).
 
-    def __init__(self, folder: str | Path, layout: dict[str, Any], complete: Iterable[int]):
+    ``complete``: the sealed parts; ``missing``: rows of each of them that were never written, where sealing allowed that; ``named_rows``: whether
+    every row has a row id.
+    """
+
+    def __init__(self, folder: str | Path, layout: dict[str, Any], complete: Iterable[int], missing: Iterable[int] | None = None):
         self.folder = Path(folder)
-        self._layout = layout
+        self.layout = layout
         self.columns: dict[str, int] = dict(layout["columns"])
         self.dtype = np.dtype(layout["dtype"])
         self.part_rows: list[int] = list(layout["rows"])
         self.info: dict[str, Any] = dict(layout["info"])
+        self.named_rows: bool = layout.get("row_ids", False) is True
+        complete = tuple(complete)
         self.complete = frozenset(complete)
+        self.missing: dict[int, int] = dict(zip(complete, [0] * len(complete) if missing is None else missing, strict=True))
 
     # -- making one
 
@@ -64,14 +60,15 @@ class FeatureStore:
         rows: int | Sequence[int],
         dtype: str = "float32",
         info: dict[str, Any] | None = None,
+        row_ids: bool = False,
     ) -> "FeatureStore":
-        """A store to write to. ``rows``: of each part, or one number for all. A second call with the same arguments (another rank, or
-        after an interruption) goes on with what is there; with other arguments it raises UserError and touches nothing."""
+        """A store to write to. ``rows``: of each part, or one number for all; ``row_ids``: every row carries one. A second call with the same arguments
+        (another rank, or after an interruption) goes on with what is there; with other arguments it raises UserError and touches nothing."""
         part_rows = [rows] * parts if isinstance(rows, int) else [int(number) for number in rows]
         assert len(part_rows) == parts and dtype in DTYPES
-        assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) and name != "written" for name in columns), columns
+        assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) and name not in (MARKS, ROW_IDS) for name in columns), columns
         layout = {"schema_version": SCHEMA_VERSION, "columns": dict(columns), "dtype": dtype, "rows": part_rows, "info": info or {}}
-        layout = json.loads(json.dumps(layout))
+        layout = json.loads(json.dumps(layout | ({"row_ids": True} if row_ids else {})))
         path = Path(folder) / "layout.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,36 +78,41 @@ class FeatureStore:
             raise UserError(f"feature store {folder} cannot be written: {error.strerror}; choose another folder") from None
         found = read_facts(path)
         if found != layout:
-            different = [key for key in layout if found.get(key) != layout[key]]
+            different = [key for key in {**layout, **found} if found.get(key) != layout.get(key)]
             raise UserError(
                 f"feature store {folder}: it was begun with other {' and '.join(different)} (there {_short(found, different)}, "
                 f"now {_short(layout, different)}); remove that folder or choose another"
             )
         return cls(folder, layout, ())
 
-    def writer(self, part: int) -> "Writer":
+    def writer(self, part: int) -> Writer:
         """The one writer of a part; it goes on where an earlier one was interrupted. UserError while another process has it."""
         return Writer(self, part)
 
     def unfinished(self) -> list[int]:
         """Parts of which rows are not on disk yet."""
-        marks = {part: self.folder / f"written.{part:05d}.npy" for part in range(self.num_parts)}
-        return [part for part, path in marks.items() if not path.exists() or not (self._load(path.name, (self.part_rows[part],), np.dtype(np.uint8)) == 1).all()]
+        return [part for part in range(self.num_parts) if not self.begun(part) or self.unwritten(part)[0]]
 
-    def seal(self, parts: Iterable[int] | None = None) -> "FeatureStore":
+    def begun(self, part: int) -> bool:
+        """Whether a part has had a writer."""
+        return (self.folder / f"{MARKS}.{part:05d}.npy").exists()
+
+    def seal(self, parts: Iterable[int] | None = None, allow_missing: bool = False) -> "FeatureStore":
         """Checks every row of ``parts`` (default: all; a node with its own scratch folder passes its lanes) and publishes the manifest.
 
-        For one process, once all writers are closed. Raises UserError for unwritten or non-finite rows. Reads all features once.
+        For one process, once all writers are closed. Raises UserError for unwritten or non-finite rows; with ``allow_missing`` unwritten rows are
+        counted in the manifest instead, and readers ask ``written``. Reads all features once.
         """
-        complete = sorted(range(len(self.part_rows)) if parts is None else parts)
-        reader = FeatureStore(self.folder, self._layout, complete)
+        complete = sorted(range(self.num_parts) if parts is None else parts)
+        missing = [self.unwritten(part)[0] for part in complete] if allow_missing else None
+        reader = FeatureStore(self.folder, self.layout, complete, missing)
         for part in complete:
             reader._check_part(part)
             for column in self.columns:
                 for _ in reader.blocks(column, part):
                     pass
             (self.folder / f".lock.{part:05d}").unlink(missing_ok=True)
-        publish_json(self.folder / "manifest.json", {**self._layout, "complete": complete})
+        publish_json(self.folder / "manifest.json", {**self.layout, "complete": complete} | ({"missing": missing} if allow_missing else {}))
         return FeatureStore.open(self.folder)
 
     # -- reading one
@@ -124,19 +126,25 @@ class FeatureStore:
                 "it was never finished: run what writes it again" if (folder / "layout.json").exists() else "there is none: check the path"
             )
             raise UserError(f"feature store {folder}: no manifest.json; {state}")
-        manifest = read_facts(folder / "manifest.json")
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"feature store {folder}: schema version {manifest.get('schema_version')}, not {SCHEMA_VERSION}; make it again"
-            )
-        try:
-            complete = manifest.pop("complete")
-            store = cls(folder, manifest, complete)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"feature store {folder}: manifest.json is damaged ({error!r}); remove that folder and make the store again") from None
-        for part in complete:
+        store = cls.described(folder)
+        for part in sorted(store.complete):
             store._check_part(part)
         return store
+
+    @classmethod
+    def described(cls, folder: str | Path) -> "FeatureStore":
+        """A store as its manifest describes it, or as its layout does while it is unfinished, without a look at its arrays: to inspect it. Raises
+        UserError if neither can be read or is of this version."""
+        folder = Path(folder)
+        name = "manifest.json" if (folder / "manifest.json").exists() else "layout.json"
+        facts = read_facts(folder / name)
+        if facts.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(f"feature store {folder}: schema version {facts.get('schema_version')}, not {SCHEMA_VERSION}; make it again")
+        try:
+            complete = facts.pop("complete") if name == "manifest.json" else ()
+            return cls(folder, facts, complete, facts.pop("missing", None))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"feature store {folder}: {name} is damaged ({error!r}); remove that folder and make the store again") from None
 
     @property
     def num_parts(self) -> int:
@@ -147,37 +155,62 @@ class FeatureStore:
         return sum(self.part_rows)
 
     def read(self, column: str, part: int) -> np.ndarray:
-        """[rows, dim] memory-mapped, in the store's dtype. Cheap; its pages stay resident until ``let_pages_go``."""
+        """[rows, dim] memory-mapped, in the store's dtype. Cheap; its pages stay resident until ``let_pages_go``. Rows that are missing hold anything."""
         assert part in self.complete, f"part {part} of {self.folder} is not among the sealed ones {sorted(self.complete)}"
-        return self._load(f"{column}.{part:05d}.npy", (self.part_rows[part], self.columns[column]), self.dtype)
+        return self.load(f"{column}.{part:05d}.npy", (self.part_rows[part], self.columns[column]), self.dtype)
+
+    def row_ids(self, part: int) -> np.ndarray:
+        """int64 [rows] memory-mapped, of a store with ``named_rows``. Rows that are missing hold anything."""
+        assert self.named_rows, f"{self.folder} was created without row_ids"
+        return self.load(f"{ROW_IDS}.{part:05d}.npy", (self.part_rows[part],), np.dtype(np.int64))
+
+    def written(self, part: int) -> np.ndarray:
+        """bool [rows]: which rows a part has."""
+        return np.asarray(self._marks(part)) == 1
+
+    def unwritten(self, part: int) -> tuple[int, int]:
+        """(number of rows that were never written, the first of them or -1), piece by piece: a count of 100 million rows takes 2 MB."""
+        marks, number, first = self._marks(part), 0, -1
+        for start in range(0, len(marks), MARKS_AT_ONCE):
+            unwritten = np.asarray(marks[start : start + MARKS_AT_ONCE]) != 1
+            let_pages_go(marks)
+            if unwritten.any():
+                first = start + int(np.argmax(unwritten)) if first < 0 else first
+                number += int(np.count_nonzero(unwritten))
+        return number, first
 
     def blocks(self, column: str, part: int, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, float32 copy of up to ``block_rows`` rows) over a part; resident memory stays at one block.
+        """(first row, float32 copy of up to ``block_rows`` rows) over a part; resident memory stays at one block. Missing rows are zeros.
 
         Raises UserError for a non-finite row."""
         features = self.read(column, part)
+        marks = self._marks(part) if self.missing[part] else None
         for start in range(0, len(features), block_rows):
             block = features[start : start + block_rows].astype(np.float32)
             let_pages_go(features)
-            self._check_finite(block, column, part, np.arange(start, start + len(block)))
+            if marks is not None:
+                block[marks[start : start + block_rows] != 1] = 0
+                let_pages_go(marks)
+            self.check_finite(block, column, part, np.arange(start, start + len(block)))
             yield start, block
 
     def rows(self, column: str, part: int, rows: np.ndarray) -> np.ndarray:
-        """float32 copies [len(rows), dim] of the given rows of a part. UserError for a non-finite one."""
+        """float32 copies [len(rows), dim] of the given rows of a part, none of them missing. UserError for a non-finite one."""
         features = self.read(column, part)
-        taken = np.asarray(features[rows]).astype(np.float32)
-        let_pages_go(features)
-        self._check_finite(taken, column, part, rows)
+        assert not self.missing[part] or self.written(part)[rows].all(), f"rows asked for were never written to part {part} of {self.folder}"
+        taken = take_rows(features, rows)
+        self.check_finite(taken, column, part, rows)
         return taken
 
     @staticmethod
-    def bytes_needed(columns: dict[str, int], num_rows: int, dtype: str = "float32") -> int:
+    def bytes_needed(columns: dict[str, int], num_rows: int, dtype: str = "float32", row_ids: bool = False) -> int:
         """Disk space of a store in bytes, up to a few hundred bytes per file."""
-        return num_rows * (1 + sum(columns.values()) * np.dtype(dtype).itemsize)
+        return num_rows * (1 + 8 * row_ids + sum(columns.values()) * np.dtype(dtype).itemsize)
 
     # -- checks
 
-    def _load(self, name: str, shape: tuple[int, ...], dtype: np.dtype, mode: str = "r") -> np.ndarray:
+    def load(self, name: str, shape: tuple[int, ...], dtype: np.dtype, mode: str = "r") -> np.ndarray:
+        """A file of the folder, memory-mapped. UserError if it is missing, cut short, or of another shape or dtype."""
         path = self.folder / name
         try:
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -194,19 +227,8 @@ class FeatureStore:
             )
         return array
 
-    def _check_part(self, part: int) -> None:
-        rows = self.part_rows[part]
-        written = self._load(f"written.{part:05d}.npy", (rows,), np.dtype(np.uint8))
-        missing = np.flatnonzero(written != 1)
-        if len(missing):
-            raise UserError(
-                f"feature store {self.folder}: {len(missing)} of {rows} rows of part {part} were never written, the first is row "
-                f"{missing[0]}; run what writes it again"
-            )
-        for column in self.columns:
-            self.read(column, part)
-
-    def _check_finite(self, block: np.ndarray, column: str, part: int, rows: np.ndarray) -> None:
+    def check_finite(self, block: np.ndarray, column: str, part: int, rows: np.ndarray) -> None:
+        """UserError that names the first of ``rows`` [n] of which ``block`` [n, dim] is not finite."""
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             raise UserError(
@@ -214,78 +236,21 @@ class FeatureStore:
                 f"in {self.dtype} ({int((~finite).sum())} such rows in this block)"
             )
 
+    def _marks(self, part: int) -> np.ndarray:
+        return self.load(f"{MARKS}.{part:05d}.npy", (self.part_rows[part],), np.dtype(np.uint8))
 
-class Writer:
-    """Writes rows of one part. A row counts as written once ``flush`` has put it on disk, features before marks, so that neither a
-    killed process nor a lost machine leaves a marked row without its features. Use as a context manager."""
-
-    def __init__(self, store: FeatureStore, part: int):
-        self._store, self._part = store, part
-        rows = store.part_rows[part]
-        # Makes the files (each whole, by rename) if this is the first writer; the lock then keeps a second one out.
-        paths = {name: store.folder / f"{name}.{part:05d}.npy" for name in ("written", *store.columns)}
-        self._lock = open(store.folder / f".lock.{part:05d}", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+    def _check_part(self, part: int) -> None:
+        number, first = self.unwritten(part)
+        if number != self.missing[part]:
+            allowed = f", of which the manifest allows {self.missing[part]}" if self.missing[part] else ""
             raise UserError(
-                f"feature store {store.folder}: part {part} is being written by another process; stop it, or choose another folder"
-            ) from None
-        for column, dim in store.columns.items():
-            _make(paths[column], (rows, dim), store.dtype)
-        _make(paths["written"], (rows,), np.dtype(np.uint8))
-        self._features = {column: store._load(paths[column].name, (rows, dim), store.dtype, "r+") for column, dim in store.columns.items()}
-        self._written = store._load(paths["written"].name, (rows,), np.dtype(np.uint8), "r+")
-        self._unflushed: list[np.ndarray] = []
-
-    @property
-    def written(self) -> np.ndarray:
-        """bool [rows]: which rows are safely on disk."""
-        return np.asarray(self._written) == 1
-
-    def pending(self) -> np.ndarray:
-        """Row numbers still to be written, ascending; rows not yet flushed are among them."""
-        return np.flatnonzero(~self.written)
-
-    def write(self, rows: slice | Sequence[int] | np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Puts [n, dim] values of every column at n rows. Raises UserError for a value that is not finite in the store's dtype."""
-        indexes = np.arange(*rows.indices(len(self._written))) if isinstance(rows, slice) else np.asarray(rows)
-        assert values.keys() == self._features.keys(), (sorted(values), sorted(self._features))
-        with np.errstate(over="ignore"):
-            stored = {column: np.asarray(array).astype(self._store.dtype) for column, array in values.items()}
-        for column, array in stored.items():
-            assert array.shape == (len(indexes), self._store.columns[column]), (column, array.shape, len(indexes))
-            self._store._check_finite(array, column, self._part, indexes)
-        for column, array in stored.items():
-            self._features[column][indexes] = array
-        self._unflushed.append(indexes)
-        if sum(map(len, self._unflushed)) >= FLUSH_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Puts everything written so far on disk, then marks it."""
-        if not self._unflushed:
-            return
-        for features in self._features.values():
-            features.flush()
-            let_pages_go(features)
-        self._written[np.concatenate(self._unflushed)] = 1
-        self._written.flush()
-        self._unflushed = []
-
-    def close(self) -> None:
-        self.flush()
-        self._lock.close()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._lock.close()
+                f"feature store {self.folder}: {number} of {self.part_rows[part]} rows of part {part} were never written{allowed}"
+                f"{f', the first is row {first}' if number else ''}; run what writes it again"
+            )
+        for column in self.columns:
+            self.read(column, part)
+        if self.named_rows:
+            self.row_ids(part)
 
 
 def check_folder(out: Path) -> None:
@@ -297,24 +262,6 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: features get a folder of their own, and one beside it while they are made; name a new one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {existing} cannot be written; choose another folder")
-
-
-def _make(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A file of zeros, unless it exists. Its whole size is taken from the disk at once: a mapped page without a place there ends the process by a signal."""
-    if path.exists():
-        return
-    temporary = path.with_name(f".{path.name}")
-    try:
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-        if hasattr(os, "posix_fallocate"):
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"disk full: the feature store {path.parent} needs {np.dtype(dtype).itemsize * math.prod(shape) / 1e6:.1f} MB for {path.name}; free space there or choose another folder, then start again") from error
-    os.replace(temporary, path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

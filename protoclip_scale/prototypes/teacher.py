@@ -4,6 +4,8 @@ A teacher's store has one part per source, in the order of that source's blocks,
 belong together because the data is the same, not because two files happen to be of one length.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ class TeacherFeatures:
         self._first_rows = first_rows  # of each source: the number of each block's first row in the part
         self.dim = store.columns[COLUMN]
         self.info: dict[str, Any] = store.info
+
+    @property
+    def identity(self) -> str:
+        """Changes when the teacher, its data or its width does."""
+        return hashlib.sha256(json.dumps(self._store.layout, sort_keys=True).encode()).hexdigest()
+
+    def of_source(self, source: int) -> np.ndarray:
+        """[rows, dim] of all rows of the index's source with this number, block by block, memory-mapped in the store's dtype."""
+        return self._store.read(COLUMN, int(self._part_of_source[source]))
 
     def rows(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, dim] of row ids [n]. Raises UserError if a stored row is not finite."""

@@ -74,6 +74,21 @@ def _clustering_is_used(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _recorded_features_exist(recipe: Recipe) -> Iterator[str]:
+    """Without an extraction pass the first clustering has what the warm-up recorded, and no teacher's features of the rows before they are trained on."""
+    if recipe.prototypes is None or recipe.prototypes.refresh == "episode":
+        return
+    refresh = recipe.prototypes.refresh
+    if clustered_objectives(recipe) and not recipe.episodes.warmup:
+        yield f"prototypes.refresh {refresh} clusters what earlier episodes recorded, but episodes.warmup is 0: set it to at least 1, or refresh to episode"
+    teacher = recipe.objectives.get("teacher")
+    if teacher is not None and teacher.weight > 0 and teacher.refresh == "episode":
+        yield (
+            f"objectives.teacher.refresh episode clusters the teacher's features of each episode's rows, which only prototypes.refresh episode extracts (found {refresh}); "
+            "set objectives.teacher.refresh to once"
+        )
+
+
 def _clusters_fit_the_episode(recipe: Recipe) -> Iterator[str]:
     plan = recipe.data.plan
     rows = steps_per_episode(recipe) * plan.global_batch
@@ -181,6 +196,7 @@ def _folders_use_known_names(recipe: Recipe) -> Iterator[str]:
 RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _something_trains,
     _clustering_is_used,
+    _recorded_features_exist,
     _clusters_fit_the_episode,
     _episode_fits_the_epoch,
     _norm_groups_divide_lanes,

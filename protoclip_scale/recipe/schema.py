@@ -277,12 +277,32 @@ class Prototypes(Section):
     """Clustering between episodes (methods 6.2)."""
 
     clusters: Positive = Field(20_000, description="K, the number of prototypes of each modality.")
-    iterations: Positive = Field(20, description="k-means iterations.")
+    iterations: Positive = Field(20, description="k-means iterations at most.")
     restarts: Positive = Field(3, description="k-means starts; the one with the best objective is kept.")
+    start: Literal["random", "kmeans++"] = Field("random", description="random: distinct rows, as the paper; kmeans++: distinct rows drawn far from those drawn before, in a few rounds.")
+    warm_start: bool | None = Field(None, description="The first start is the last episode's centroids; null is true with refresh online, false otherwise.")
+    settled: float = Field(0.0, ge=0, lt=1, description="k-means stops when at most this share of rows changes its cluster in an iteration; 0 stops when none does.")
+    spherical: bool = Field(False, description="Centroids are scaled to unit length in every iteration; the paper's are plain means.")
     engine: Literal["faiss", "torch"] = Field("faiss", description="Which library searches the nearest centroid.")
-    refresh: Literal["episode"] = Field("episode", description="episode: extract and cluster before each episode, the paper's method.")
+    distances: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="Products of the torch engine, summed in fp32; tf32 needs a GPU. Distances in the objective are fp32 always.")
+    refresh: Literal["episode", "recorded", "online"] = Field(
+        "episode",
+        description="Where student features come from. episode: an extraction pass before each episode, the paper's method. recorded: what training recorded at each row's "
+        "previous visit. online: what training recorded in the episode before; labels are each batch's nearest centroids.",
+    )
     normalize_centroids: bool = Field(False, description="Scale centroids to unit length before targets are formed; the reference does not.")
+    quality_rows: int = Field(2000, ge=0, description="Rows of a fixed sample on which each clustering's silhouette and feature diagnostics are measured; 0 measures none.")
     pictures: int = Field(12, ge=0, description="Prototypes drawn as an image grid in episodes that end with an evaluation; 0 draws none.")
+
+    @property
+    def starts_warm(self) -> bool:
+        return self.refresh == "online" if self.warm_start is None else self.warm_start
+
+    @model_validator(mode="after")
+    def _precision_has_an_effect(self):
+        if self.distances != "fp32" and self.engine != "torch":
+            raise ValueError(f"prototypes.distances {self.distances} has no effect with prototypes.engine {self.engine}, which searches in fp32; set engine to torch")
+        return self
 
 
 class Optim(Section):

@@ -1,12 +1,25 @@
-"""Text and pictures for Pillow's drawings: what fits into how many pixels."""
+"""Text and pictures for Pillow's drawings: colours, what fits into how many pixels, and how a page is saved."""
 
+import bisect
+import os
 import textwrap
 import unicodedata
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 PAGE, CARD, BORDER, INK, GREY = "#f3f4f6", "#ffffff", "#d5d8de", "#1d2433", "#667085"
+COLORS = {"image": "#2f6fd0", "text": "#e07b22", "teacher": "#2f9466"}  # of what a clustering is made of
+
+
+def save_png(page: Image.Image, path: str | Path) -> None:
+    """Written whole or not at all, by one atomic rename; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    page.save(temporary, format="PNG", compress_level=4)  # optimize would take six times as long for 3% fewer bytes
+    os.replace(temporary, path)
 
 
 def drawable(text: str) -> str:
@@ -19,9 +32,8 @@ def cut(text: str, draw: ImageDraw.ImageDraw, font: Font, width: float) -> str:
     text = drawable(text)
     if draw.textlength(text, font) <= width:
         return text
-    while text and draw.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text + "..."
+    letters = bisect.bisect_right(range(1, len(text) + 1), width, key=lambda number: draw.textlength(text[:number] + "...", font))
+    return text[:letters] + "..."
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """A flat dictionary of evaluation figures as rows per held-out set, and as one line per set.
 
 Keys read: ``SET/zero_shot/COLUMN/top1|class_mean|constant|classes|n``, ``SET/retrieval/image_to_text|text_to_image/R@k``,
-``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe/COLUMN/top1`` and ``SET/modality_gap``; SET may hold a slash
-(gallery/set). Figures of other names are left to metrics.jsonl.
+``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe/COLUMN/top1``, ``SET/modality_gap`` and ``SET/clusters/COLUMN/PROTOTYPES/ami``; SET may hold a
+slash (gallery/set). Figures of other names are left to metrics.jsonl.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from protoclip_scale.report.plain import DASH, as_number, count, number, percent
 
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe|modality_gap)(?:/(?P<rest>.+))?")
+_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe|modality_gap|clusters)(?:/(?P<rest>.+))?")
 
 
 class Row(NamedTuple):
@@ -65,6 +65,10 @@ def rows_of_set(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> list
         constant = figures.get(f"probe/{column}/constant", figures.get(f"zero_shot/{column}/constant"))
         add(f"linear probe {column}, top 1", f"probe/{column}/top1", percent(constant))
     add("modality gap", "modality_gap", write=lambda value: number(value, 3))
+    agreement = [key.split("/") for key in figures if key.startswith("clusters/") and key.endswith("/ami")]
+    own = [key for key in agreement if "_from_" not in key[2]]
+    for _, column, prototypes, _ in own or agreement:  # the teacher's clusters where there are no others
+        add(f"{prototypes.replace('_', ' ')} clusters and {column}, AMI", f"clusters/{column}/{prototypes}/ami", "0", write=lambda value: number(value, 3))
     return rows
 
 

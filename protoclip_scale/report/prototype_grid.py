@@ -1,12 +1,11 @@
 """A picture of prototypes: for each one some of its images, its size and its captions."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from protoclip_scale.report.drawing import BORDER, CARD, GREY, INK, PAGE, cut, fitted
+from protoclip_scale.report.drawing import BORDER, CARD, GREY, INK, PAGE, cut, fitted, save_png
 
 Prototype = tuple[str, int, Sequence[Image.Image], Sequence[str]]
 
@@ -14,28 +13,41 @@ CARDS_PER_ROW = 2
 IMAGES_PER_CARD = 6
 CAPTION_LINES = 3
 THUMBNAIL, GAP, PADDING, MARGIN = 96, 8, 14, 18
-TITLE_SIZE, TEXT_SIZE, LINE = 18, 14, 20
+HEADING_SIZE, TITLE_SIZE, TEXT_SIZE, LINE = 20, 18, 14, 20
 CARD_WIDTH = 2 * PADDING + IMAGES_PER_CARD * THUMBNAIL + (IMAGES_PER_CARD - 1) * GAP
 CARD_HEIGHT = 2 * PADDING + TITLE_SIZE + 2 * GAP + THUMBNAIL + GAP + CAPTION_LINES * LINE
+HEADING_HEIGHT = HEADING_SIZE + 2 * GAP
+PAGE_WIDTH = 2 * MARGIN + CARDS_PER_ROW * CARD_WIDTH + (CARDS_PER_ROW - 1) * GAP
 
 
-def draw_prototypes(path: str | Path, prototypes: Sequence[Prototype]) -> None:
-    """Writes a PNG with one card per prototype (title, number of rows, images, captions), two to a row, by one atomic rename.
+def draw_prototypes(path: str | Path, title: str, sections: Mapping[str, Sequence[Prototype]]) -> None:
+    """Writes a PNG with a title and, under a heading for each section, one card per prototype (name, number of rows, images, captions), two to a row.
 
     Images of any mode and size are fitted into squares on white; six are shown. Equal captions are shown once, with how often they
     occur, the commonest first; three lines of them, cut to the card's width. Letters outside ASCII lose their accents or are left out.
     """
-    rows = -(-len(prototypes) // CARDS_PER_ROW)
-    width = 2 * MARGIN + CARDS_PER_ROW * CARD_WIDTH + (CARDS_PER_ROW - 1) * GAP
-    page = Image.new("RGB", (width, 2 * MARGIN + rows * CARD_HEIGHT + max(rows - 1, 0) * GAP), PAGE)
-    for number, prototype in enumerate(prototypes):
-        row, column = divmod(number, CARDS_PER_ROW)
-        page.paste(_card(*prototype), (MARGIN + column * (CARD_WIDTH + GAP), MARGIN + row * (CARD_HEIGHT + GAP)))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    page.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, path)
+    page = Image.new("RGB", (PAGE_WIDTH, 2 * MARGIN + HEADING_HEIGHT + sum(map(section_height, sections.values()))), PAGE)
+    draw = ImageDraw.Draw(page)
+    top = MARGIN
+    _heading(draw, top, title, INK)
+    top += HEADING_HEIGHT
+    for heading, prototypes in sections.items():
+        _heading(draw, top + GAP, heading, GREY)
+        for number, prototype in enumerate(prototypes):
+            row, column = divmod(number, CARDS_PER_ROW)
+            page.paste(_card(*prototype), (MARGIN + column * (CARD_WIDTH + GAP), top + GAP + HEADING_HEIGHT + row * (CARD_HEIGHT + GAP)))
+        top += section_height(prototypes)
+    save_png(page, path)
+
+
+def section_height(prototypes: Sequence[Prototype]) -> int:
+    """Pixels of a heading with its cards."""
+    return GAP + HEADING_HEIGHT + -(-len(prototypes) // CARDS_PER_ROW) * (CARD_HEIGHT + GAP)
+
+
+def _heading(draw: ImageDraw.ImageDraw, top: int, text: str, color: str) -> None:
+    font = ImageFont.load_default(HEADING_SIZE)
+    draw.text((MARGIN, top), cut(text, draw, font, PAGE_WIDTH - 2 * MARGIN), color, font)
 
 
 def _card(title: str, size: int, images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

@@ -1,0 +1,90 @@
+"""Law 3 for the refreshes that live on what training recorded: killed and resumed equals never killed, and what is recorded is what was trained on."""
+
+import numpy as np
+import pytest
+import torch
+
+from protoclip_scale.engine import checkpoint
+from protoclip_scale.prototypes import recording
+from tests.support import TINY_PROTOTYPES, final_tensors, output, pretrain
+from tests.test_law3_survival import history, once, rows_of_final_weights
+
+SETTINGS = (*TINY_PROTOTYPES, "run.checkpoint_steps=2", "run.keep_checkpoints=2", "schedule.total=4 episodes", "objectives.teacher.refresh=once")
+# An epoch of two episodes: the third episode is the first whose rows all have a previous visit.
+POLICIES = {"online": ("prototypes.refresh=online",), "recorded": ("prototypes.refresh=recorded", "data.plan.epoch_rows=512")}
+KILLS = {
+    ("online", 1): (
+        "cluster.iteration:2",  # the teacher's, before the first episode
+        "train.step:3",  # in the warm-up, whose features are recorded too; one step after a checkpoint
+        "records.sealed:1",  # before the checkpoint that counts on them
+        "cluster.translate:2",
+        "train.forward:2",
+        "cluster.labels:1",
+    ),
+    ("recorded", 2): ("train.step:3", "cluster.iteration:2", "records.sealed:1", "cluster.translate:1"),
+}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("whole")
+    for policy, ranks in KILLS:
+        assert pretrain(folder / policy, "demo.yaml", (*SETTINGS, *POLICIES[policy]), ranks=ranks) == [0] * ranks, output(folder / policy)
+    return {policy: folder / policy for policy, _ in KILLS}
+
+
+@pytest.mark.parametrize(("policy", "ranks"), KILLS)
+def test_a_run_killed_while_it_records_equals_one_never_killed(tmp_path, never_killed, policy, ranks):
+    whole, killed, settings = never_killed[policy], tmp_path / "killed", (*SETTINGS, *POLICIES[policy])
+    for number, event in enumerate(KILLS[policy, ranks]):
+        on_rank = number % ranks
+        codes = pretrain(killed, "demo.yaml", settings, ranks=ranks, env={"PROTOCLIP_KILL_AT": f"{event}@{on_rank}"})
+        assert codes[on_rank] == -9, f"{event} never fired: {codes} {output(killed, on_rank)[-2000:]}"
+    assert pretrain(killed, "demo.yaml", settings, ranks=ranks) == [0] * ranks, output(killed)
+
+    assert history(killed) == history(whole)
+    for kind in ("episode", "kmeans"):
+        assert once(killed, kind) == once(whole, kind) and once(whole, kind)
+    assert rows_of_final_weights(killed) == rows_of_final_weights(whole)
+    expected, found = final_tensors(whole), final_tensors(killed)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    assert "extract" not in (killed / "log.txt").read_text()
+
+
+def test_what_is_recorded_are_the_features_and_rows_of_the_steps(never_killed):
+    run = never_killed["online"]
+    manifest = checkpoint.read_manifest(checkpoint.list_checkpoints(run)[-1])
+    assert manifest["recorded"] == [3] and recording.recorded_episodes(run) == [3], "older ones nobody counts on"
+    store = recording.open_recorded(run, 3)
+    trained = rows_of_final_weights(run)
+    per_lane = 64 // 4
+    for step in range(4):
+        slots = slice(step * per_lane, (step + 1) * per_lane)
+        recorded = np.concatenate([np.asarray(store.row_ids(lane))[slots] for lane in range(4)])
+        assert recorded.tolist() == trained[12 + step]
+    norms = np.concatenate([np.linalg.norm(block, axis=1) for _, block in store.blocks("text", 2)])
+    np.testing.assert_allclose(norms, 1, atol=2e-3)
+
+
+def test_rows_have_a_label_beforehand_where_their_last_visit_was_recorded(never_killed):
+    """From the second epoch on; online they are labelled batch by batch, and a teacher's labels go by row."""
+    inside_the_last_episode = {policy: final_tensors(run, "00000014") for policy, run in never_killed.items()}
+    labelled = {policy: {name for name in tensors if name.startswith("prototypes/labels/")} for policy, tensors in inside_the_last_episode.items()}
+    assert labelled == {"online": set(), "recorded": {"prototypes/labels/image", "prototypes/labels/text"}}
+    for name in labelled["recorded"]:
+        labels = inside_the_last_episode["recorded"][name]
+        assert len(labels) == 256 and (labels >= 0).all() and len(labels.unique()) > 8
+    assert {"clustering/centroids/image", "clustering/centroids/text"} <= inside_the_last_episode["online"].keys(), "to start the next k-means from"
+
+
+def test_a_lost_record_ends_a_resumed_run_with_one_line(tmp_path):
+    run = tmp_path / "run"
+    settings = (*SETTINGS, *POLICIES["online"])
+    assert pretrain(run, "demo.yaml", settings, env={"PROTOCLIP_STOP_AT": "train.step:6"}) == [75], output(run)
+    (run / "recorded/episode-000001").rename(tmp_path / "elsewhere")
+    assert pretrain(run, "demo.yaml", settings) == [1]
+    assert "episode-000001 is missing" in output(run)
+    (tmp_path / "elsewhere").rename(run / "recorded/episode-000001")
+    assert pretrain(run, "demo.yaml", settings) == [0], output(run)
