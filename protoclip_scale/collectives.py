@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from protoclip_scale.errors import UserError
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)  # None is that of all ranks
 
 
-def separate_group() -> dist.ProcessGroup | None:
-    """All ranks once more, on CPUs over gloo, for a thread that works beside the main one: its collectives must not come between those. A collective."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+def separate_group(timeout_minutes: float) -> dist.ProcessGroup | None:
+    """All ranks once more, on CPUs over gloo, for a thread that works beside the main one: its collectives must not come between those. A collective;
+    a group keeps sockets and threads for as long as the process lives, so it is made once."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if dist.is_initialized() else None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from protoclip_scale.engine import cost
 from protoclip_scale.engine.check import Check, run_check, size_text
 from protoclip_scale.models.build import build_model
 from protoclip_scale.objectives import build_objectives
+from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.recipe import load_recipe
 from tests.support import RECIPES, TINY, TINY_PROTOTYPES
@@ -114,12 +115,29 @@ def test_memory_follows_ranks_and_clusters():
 
 
 def test_feature_bytes_are_those_of_a_store(tmp_path):
-    recipe = load_recipe(RECIPES / "demo_protoclip.yaml", TINY_PROTOTYPES)
-    store = FeatureStore.create(tmp_path, {"image": 16, "text": 16, "teacher": 8}, parts=4, rows=64)
-    for part in range(4):
-        store.writer(part).close()
-    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    recipe = load_recipe(RECIPES / "demo.yaml", TINY_PROTOTYPES)
+    students = FeatureStore.create(tmp_path / "students", {"image": 16, "text": 16}, parts=4, rows=64, row_ids=True)
+    teacher = FeatureStore.create(tmp_path / "teacher", {"teacher": 8}, parts=4, rows=64)
+    for store in (students, teacher):
+        for part in range(4):
+            store.writer(part).close()
+    on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.npy"))
     assert cost.feature_store_bytes(recipe, 256, teacher_dim=8) == pytest.approx(on_disk, abs=200 * 16)  # headers of .npy files
+
+
+def test_recorded_features_are_counted_where_they_lie(tmp_path):
+    """In the run directory: those that a checkpoint counts on, two epochs of them for ``recorded``; and one label a row."""
+    values = (*TINY_PROTOTYPES, f"run.dir={tmp_path}/run", "objectives.teacher.refresh=once", "schedule.total=60 episodes", "data.plan.epoch_rows=512", "run.keep_checkpoints=2")
+    for policy, episodes in (("online", 1 + 2), ("recorded", 4 + 2)):
+        recipe = load_recipe(RECIPES / "demo.yaml", (*values, f"prototypes.refresh={policy}"))
+        check = Check(recipe, 1)
+        check.data()
+        check.model()
+        assert check.recorded_bytes == {"recorded features": episodes * 256 * recording.bytes_per_row(16), "teacher's labels": 4 * 4949}
+    store = recording.create(tmp_path, 0, 16, 4, 64, {})
+    recording.Recorder(store, range(4)).close()
+    on_disk = sum(path.stat().st_size for path in store.folder.glob("*.npy"))
+    assert 256 * recording.bytes_per_row(16) == pytest.approx(on_disk, abs=200 * 16)
 
 
 def test_check_needs_no_prototypes_to_run():

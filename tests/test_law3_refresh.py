@@ -9,9 +9,12 @@ from protoclip_scale.prototypes import recording
 from tests.support import TINY_PROTOTYPES, final_tensors, output, pretrain
 from tests.test_law3_survival import history, once, rows_of_final_weights
 
-SETTINGS = (*TINY_PROTOTYPES, "run.checkpoint_steps=2", "run.keep_checkpoints=2", "schedule.total=4 episodes", "objectives.teacher.refresh=once")
-# An epoch of two episodes: the third episode is the first whose rows all have a previous visit.
-POLICIES = {"online": ("prototypes.refresh=online",), "recorded": ("prototypes.refresh=recorded", "data.plan.epoch_rows=512")}
+SETTINGS = (*TINY_PROTOTYPES, "run.checkpoint_steps=2", "run.keep_checkpoints=2", "objectives.teacher.refresh=once")
+# An epoch of three episodes: from the fourth on all rows have a previous visit, up to six episodes before.
+POLICIES = {
+    "online": ("schedule.total=4 episodes", "prototypes.refresh=online"),
+    "recorded": ("schedule.total=7 episodes", "prototypes.refresh=recorded", "data.plan.epoch_rows=768"),
+}
 KILLS = {
     ("online", 1): (
         "cluster.iteration:2",  # the teacher's, before the first episode
@@ -70,7 +73,8 @@ def test_what_is_recorded_are_the_features_and_rows_of_the_steps(never_killed):
 
 def test_rows_have_a_label_beforehand_where_their_last_visit_was_recorded(never_killed):
     """From the second epoch on; online they are labelled batch by batch, and a teacher's labels go by row."""
-    inside_the_last_episode = {policy: final_tensors(run, "00000014") for policy, run in never_killed.items()}
+    assert [figures["records/found"] for _, figures in once(never_killed["recorded"], "episode")] == [0, 0, 1, 1, 1, 1]
+    inside_the_last_episode = {policy: final_tensors(run, step) for (policy, run), step in zip(never_killed.items(), ("14", "26"), strict=True)}
     labelled = {policy: {name for name in tensors if name.startswith("prototypes/labels/")} for policy, tensors in inside_the_last_episode.items()}
     assert labelled == {"online": set(), "recorded": {"prototypes/labels/image", "prototypes/labels/text"}}
     for name in labelled["recorded"]:

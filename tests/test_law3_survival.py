@@ -130,12 +130,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     """Same batches; the same losses to rounding, in a tower without kinks."""
     smooth = (*TINY_PROTOTYPES, "model.image.name=test_convnext", "run.checkpoint_steps=2")
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    assert pretrain(whole, "demo_protoclip.yaml", smooth) == [0]
-    assert pretrain(moved, "demo_protoclip.yaml", smooth, env={"PROTOCLIP_STOP_AT": "train.step:6"}) == [75]
-    assert pretrain(moved, "demo_protoclip.yaml", smooth, ranks=2) == [0, 0], output(moved)
+    assert pretrain(whole, "demo.yaml", smooth) == [0]
+    assert pretrain(moved, "demo.yaml", smooth, ranks=2, env={"PROTOCLIP_KILL_AT": "cluster.iteration:2"})[0] == -9  # the teacher's, beside the extraction
+    assert pretrain(moved, "demo.yaml", smooth, env={"PROTOCLIP_STOP_AT": "train.step:2"}) == [75]
+    assert pretrain(moved, "demo.yaml", smooth, ranks=2) == [0, 0], output(moved)
     assert rows_of_final_weights(moved) == rows_of_final_weights(whole)
     expected, found = history(whole), history(moved)
-    assert expected.keys() == found.keys() and {k: v for k, v in found.items() if k <= 6} == {k: v for k, v in expected.items() if k <= 6}
+    assert expected.keys() == found.keys()
     assert all(found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4) for step in expected)
 
 

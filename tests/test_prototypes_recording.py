@@ -18,9 +18,13 @@ def batch(slots, row_ids) -> Batch:
     return Batch(0, nothing, nothing, nothing[:, 0], slots, torch.as_tensor(row_ids), slots)
 
 
+def opened(folder, episode: int, first_slot: int = 0) -> recording.Recorder:
+    return recording.Recorder(recording.create(folder, episode, DIM, LANES, LANE_ROWS, {}), range(LANES), first_slot)
+
+
 def record(folder, episode: int, lanes_of_ids: np.ndarray, values: np.ndarray, skipped_steps=()) -> None:
     """Two rows of each lane a step; the features of a row tell its episode and row id."""
-    recorder = recording.Recorder(folder, episode, DIM, LANES, LANE_ROWS, range(LANES), {})
+    recorder = opened(folder, episode)
     for step in range(LANE_ROWS // 2):
         if step in skipped_steps:
             continue
@@ -55,25 +59,26 @@ def test_the_newest_visit_of_each_row_is_found(tmp_path):
     assert (40 in found) == (41 in found) == (7 in newest)
 
 
-def test_a_row_that_stands_twice_in_an_episode_is_found_once(tmp_path):
-    ids = np.array([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 11]])
+def test_of_a_row_that_stands_twice_in_an_episode_the_later_step_counts(tmp_path):
+    """Where an epoch ends in the episode; slots are in the order of steps."""
+    ids = np.array([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 5]])
     record(tmp_path, 0, ids, np.arange(36, dtype=np.float32).reshape(2, 6, 3))
-    ((_, part, indices, rows),) = recording.latest_visits([recording.open_recorded(tmp_path, 0)], np.array([6]))
-    assert ids[part, rows].tolist() == [6] and indices.tolist() == [0]
+    visits = recording.latest_visits([recording.open_recorded(tmp_path, 0)], np.array([6, 5]))
+    assert {(part, *indices.tolist(), *rows.tolist()) for _, part, indices, rows in visits} == {(0, 0, 5), (1, 1, 5)}
 
 
 def test_what_follows_the_first_slot_is_written_anew(tmp_path):
     ids = np.arange(12).reshape(2, 6)
     record(tmp_path, 0, ids, np.zeros((2, 6, 3), dtype=np.float32))
-    recording.Recorder(tmp_path, 0, DIM, LANES, LANE_ROWS, range(LANES), {}, first_slot=4).close()
-    store = recording.Recorder(tmp_path, 0, DIM, LANES, LANE_ROWS, range(LANES), {}, first_slot=6).store.seal(allow_missing=True)
+    opened(tmp_path, 0, first_slot=4).close()
+    store = opened(tmp_path, 0, first_slot=6).store.seal(allow_missing=True)
     assert store.missing == {0: 2, 1: 2} and store.written(0).tolist() == [True] * 4 + [False] * 2
 
 
 def test_records_that_are_gone_or_unfinished_are_told(tmp_path):
     with pytest.raises(UserError, match="episode-000005 is missing"):
         recording.open_recorded(tmp_path, 5)
-    recording.Recorder(tmp_path, 5, DIM, LANES, LANE_ROWS, range(LANES), {}).close()
+    opened(tmp_path, 5).close()
     with pytest.raises(UserError, match="never finished"):
         recording.open_recorded(tmp_path, 5)
     recording.forget(tmp_path, [5])

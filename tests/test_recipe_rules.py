@@ -71,6 +71,16 @@ CASES = {
         ["objectives.teacher.refresh episode", "prototypes.refresh episode extracts (found recorded)"],
         ["objectives.teacher.refresh=once"],
     ),
+    "warm start of nothing": (
+        ["objectives={clip: null, teacher: {features: here, refresh: once}}", "prototypes.warm_start=true"],
+        ["prototypes.warm_start true", "objectives.teacher.refresh once"],
+        ["prototypes.warm_start=null"],
+    ),
+    "labels of scaled centroids": (
+        ["prototypes.refresh=online", "prototypes.normalize_centroids=true"],
+        ["prototypes.normalize_centroids true", "prototypes.refresh online"],
+        ["prototypes.normalize_centroids=false", "prototypes.spherical=true"],
+    ),
     "precision of another engine": (["prototypes.distances=bf16"], ["prototypes.distances bf16", "prototypes.engine faiss"], ["prototypes.engine=torch"]),
     "temperature of hard targets": (
         ["objectives.prototype.targets=hard", "objectives.prototype.temperature=0.1"],

@@ -1,6 +1,7 @@
 """``--check``: what a recipe amounts to on this machine, and every problem that can be found without training."""
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class Check:
         self.remarks: list[str] = []
         self.tables: list[Table] = []
         self.index = self.plan = None
-        self.needed_bytes: dict[str, int] = {}
+        self.needed_bytes: dict[str, int] = {}  # in scratch
+        self.recorded_bytes: dict[str, int] = {}  # in the run directory
 
     def attempt(self, work: Callable[[], T], fix: str = "") -> T | None:
         """The result of ``work``, or None and one more problem."""
@@ -133,7 +135,7 @@ class Check:
         model = self.attempt(lambda: build_model(recipe, features, recipe.run.seed, fresh=False))
         teacher_dim = self._teacher_dim()
         if self.plan and recipe.prototypes:
-            self.needed_bytes["features"] = EPISODES_ON_DISK * cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
+            self.needed_bytes["features"] = cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
             self._recorded_bytes(recipe)
         if model is None:
             return
@@ -148,14 +150,18 @@ class Check:
             self.remarks.append(f"the estimated memory, {size_text(sum(memory.values()))}, is more than this GPU's {size_text(available)}: use more ranks or a smaller data.plan.global_batch")
 
     def _recorded_bytes(self, recipe: Recipe) -> None:
-        """What training records in the run directory: as many episodes as a clustering looks into, and all of them where all checkpoints are kept."""
+        """What clusterings leave in the run directory: recorded features, of as many episodes as a checkpoint counts on, and the labels of a teacher clustered once."""
         looks_back = refresh.looks_back(recipe, self.plan)
         if looks_back:
             episode = self.plan.episode_size * recording.bytes_per_row(recipe.model.prototype_heads.dim)
-            kept = looks_back + max(1, recipe.run.keep_checkpoints)
-            self.needed_bytes["recorded features"] = kept * episode
-            if not recipe.run.keep_checkpoints:
-                self.remarks.append(f"run.keep_checkpoints 0 keeps what every checkpoint counts on: {size_text(episode)} of recorded features for each episode of the run")
+            episodes = math.ceil(Schedule(recipe, self.plan.steps_per_episode, self.plan.num_rows).num_episodes)
+            kept = looks_back + max(1, recipe.run.keep_checkpoints) if recipe.run.keep_checkpoints else episodes
+            self.recorded_bytes["recorded features"] = min(kept, episodes) * episode
+            if not recipe.run.keep_checkpoints and episodes > looks_back + 1:
+                self.remarks.append(f"run.keep_checkpoints 0 keeps the recorded features that every checkpoint counts on, those of all {episodes} episodes; a number keeps those of {looks_back} and some more")
+        teacher = recipe.objectives.get("teacher")
+        if teacher is not None and teacher.refresh == "once":
+            self.recorded_bytes["teacher's labels"] = 4 * self.index.num_rows
 
     def _teacher_dim(self) -> int:
         settings = self.recipe.objectives.get("teacher")
@@ -165,16 +171,21 @@ class Check:
         return teacher.dim if teacher else 0
 
     def disk(self) -> None:
-        """What the run writes beside checkpoints, against the free space where it will be."""
+        """What the run writes beside checkpoints, against the free space where it will be: scratch and the run directory may be on one disk."""
         run = self.recipe.run
         folder = Path(run.dir.format(name=self.recipe.name)).absolute()
         scratch = Path(run.scratch_dir.format(dir=folder, name=self.recipe.name)).absolute()
-        existing = next(path for path in (scratch, *scratch.parents) if path.exists())
-        free, needed = shutil.disk_usage(existing).free, sum(self.needed_bytes.values())
-        self.table("Disk", [*((f"{part}, all lanes", size_text(number)) for part, number in self.needed_bytes.items()), (f"free at {existing}", size_text(free))])
-        if needed > free:
-            parts = " and ".join(self.needed_bytes)
-            self.problems.append(f"run.scratch_dir {scratch}: {parts} need {size_text(needed)}, {size_text(free)} are free; name another disk, or lower data.plan.episode_size")
+        disks: dict[int, list[tuple[str, Path, dict[str, int]]]] = {}
+        for key, path, needed in (("scratch_dir", scratch, self.needed_bytes), ("dir", folder, self.recorded_bytes)):
+            existing = next(each for each in (path, *path.parents) if each.exists())
+            disks.setdefault(existing.stat().st_dev, []).append((f"run.{key} {path}", existing, needed))
+        for places in disks.values():
+            (name, existing, _), parts = places[0], {part: number for _, _, needed in places for part, number in needed.items()}
+            free = shutil.disk_usage(existing).free
+            if parts:
+                self.table("Disk", [*((f"{part}, all lanes", size_text(number)) for part, number in parts.items()), (f"free at {existing}", size_text(free))])
+            if sum(parts.values()) > free:
+                self.problems.append(f"{name}: {' and '.join(parts)} need {size_text(sum(parts.values()))}, {size_text(free)} are free; name another disk, or lower data.plan.episode_size")
 
     def evaluation(self) -> None:
         """Rows of the held-out sets."""

@@ -81,7 +81,7 @@ def cluster(
     wanted = labelings(objectives)
     labels: dict[str, list[np.ndarray]] = {}
     centroids: dict[str, np.ndarray] = {}
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {} if rows.found is None else {"records/found": rows.found}
     table: list[dict[str, Any]] = []
     searched = [name for name in wanted if name not in row_labels]
     for number, name in enumerate(searched):

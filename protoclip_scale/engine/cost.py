@@ -10,11 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import Objective
+from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.loss import tile_elements
 from protoclip_scale.recipe import Recipe
 
 BACKWARD_FACTOR = 3  # forward, gradient of the inputs, gradient of the weights
 FLOAT_BYTES = 4
+ROW_BYTES = 9  # a row id and the mark that it is written
 PROBE_ROWS = 2
 DIRECTIONS = 2  # of a prototype objective: the image student and the text student
 
@@ -83,7 +85,10 @@ def flops_per_sample(model_cost: ModelCost, recipe: Recipe, objectives: dict[str
         if recipe.prototypes.refresh == "episode":
             flops["extraction"] = model_cost.forward_flops
         each_episode = [name for name in labelings if name != "teacher" or recipe.objectives["teacher"].refresh == "episode"]
-        flops["k-means (at most)"] = search * recipe.prototypes.iterations * recipe.prototypes.restarts * len(each_episode)
+        if each_episode:
+            flops["k-means (at most)"] = search * recipe.prototypes.iterations * recipe.prototypes.restarts * len(each_episode)
+        if recipe.prototypes.refresh == "online":
+            losses += search * len(set(each_episode) - {"teacher"})  # the nearest centroid of every row
     return flops | {"losses": losses}
 
 
@@ -109,7 +114,10 @@ def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str,
 
 
 def feature_store_bytes(recipe: Recipe, rows: int, teacher_dim: int) -> int:
-    """Bytes of an episode's extracted features on disk, all lanes together; 0 without prototypes."""
-    if not recipe.prototypes or recipe.prototypes.refresh == "online":
+    """Bytes in scratch of the features that one clustering of ``rows`` is made of, all lanes together; 0 without prototypes."""
+    if not recipe.prototypes:
         return 0
-    return rows * (FLOAT_BYTES * (2 * recipe.model.prototype_heads.dim + teacher_dim) + 9)
+    width = recipe.model.prototype_heads.dim
+    students = {"episode": FLOAT_BYTES * 2 * width + ROW_BYTES, "recorded": recording.bytes_per_row(width), "online": 0}[recipe.prototypes.refresh]
+    teacher = recipe.objectives.get("teacher")
+    return rows * (students + (FLOAT_BYTES * teacher_dim + 1 if teacher and teacher.refresh == "episode" else 0))

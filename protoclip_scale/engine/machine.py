@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from protoclip_scale import collectives
 from protoclip_scale.data.plan import EpisodePlan
@@ -38,6 +39,7 @@ from protoclip_scale.prototypes.teacher_clusters import cluster_teacher, open_te
 from protoclip_scale.report.clustering_line import clustering_line
 
 WARM = "clustering/centroids/"  # their names in a checkpoint
+ONCE = "teacher once"  # the labeling's name in metrics.jsonl
 
 
 class EpisodeMachine:
@@ -53,6 +55,7 @@ class EpisodeMachine:
         self.warm_centroids: dict[str, np.ndarray] = {}  # of the last clustering, where the next one starts from them
         self.row_labels: dict[str, RowLabels] = {}  # shared with the prototypes of a resumed episode: filled before it trains
         self.records = Records(run, trainer.objectives)
+        self.group: dist.ProcessGroup | None = None  # of the thread that clusters a teacher
         self.ahead: Fetch | None = None
         self.plan: EpisodePlan | None = None
 
@@ -104,10 +107,11 @@ class EpisodeMachine:
         if found and self.cursor.phase in ("train", "evaluate"):
             self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device, self.row_labels)
         self.warm_centroids = {name.removeprefix(WARM): tensor.numpy() for name, tensor in tensors.items() if name.startswith(WARM)}
-        self.records.resume(manifest, self.cursor)
+        self.records.check(manifest)
         self.run.log.discard_after(self.cursor.step)
         if collectives.rank() == 0:
             checkpoint.set_aside(self.run.folder, self.cursor.step, self.run.attempt)
+        self.records.take_back(self.cursor)  # after the checkpoints that count on them
         self._point_to(folder)
 
     def frozen(self, episode: int) -> bool:
@@ -143,6 +147,7 @@ class EpisodeMachine:
         if clusters is None:
             with run.phase("cluster", self.cursor.episode, total=num_iterations(run, 1), unit="iterations"):
                 clusters = cluster_teacher(*about, run.lanes, run.recipe.data.plan.lanes, on_iteration(run, "teacher", 0), event)
+        run.log.table("kmeans", clusters.history, step=0, samples=0, labeling=ONCE)
         self.row_labels["teacher"] = clusters.labels
 
     def _cluster(self, episode: int) -> None:
@@ -151,7 +156,8 @@ class EpisodeMachine:
         run, active = self.run, self.trainer.active(episode)
         searched = [name for name in labelings(active) if name not in self.row_labels]
         with self._teacher_ahead(episode, searched) as begun:
-            rows = refresh.rows_to_cluster(refresh.Source(run, self.trainer.strategy, self.plan, self.cursor.step))
+            with run.clock.measure("records"):  # an extraction counts as one
+                rows = refresh.rows_to_cluster(refresh.Source(run, self.trainer.strategy, self.plan, self.cursor.step))
             with run.phase("cluster", episode, total=num_iterations(run, len(searched)), unit="iterations"):
                 found = cluster(run, rows, active, episode, self.row_labels, begun, self.warm_centroids)
         self.prototypes = found.prototypes
@@ -175,7 +181,10 @@ class EpisodeMachine:
             yield {}
             return
         folder = self.run.scratch / f"teacher-{episode:06d}-rank-{collectives.rank():05d}"
-        with TeacherAhead(self.run, self.teacher, self.plan, folder, seed_of(self.run, episode, "teacher"), event) as ahead:
+        if self.group is None:
+            self.group = collectives.separate_group(self.run.recipe.run.timeout_minutes)
+        seed, start = seed_of(self.run, episode, "teacher"), self.warm_centroids.get("teacher")
+        with TeacherAhead(self.run, self.teacher, self.plan, folder, seed, start, self.group, event) as ahead:
             yield {"teacher": ahead.result}
 
     def _warm_tensors(self) -> dict[str, torch.Tensor]:
@@ -192,14 +201,16 @@ class EpisodeMachine:
         recorder = self.records.begin(episode, done)
         with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
             batches = (self.head_start and self.head_start.take(episode, done)) or train_batches(self.run, self.plan, done)
-            for step in train_episode(self.run, self.trainer, batches, episode, self.cursor.step, self.prototypes, recorder):
+            left = batches if done < num_steps else iter(())  # none, if the run was stopped after its last step
+            for step in train_episode(self.run, self.trainer, left, episode, self.cursor.step, self.prototypes, recorder):
                 self._move(step=step, step_in_episode=step - first)
                 if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
                     self.ahead = Fetch(self.run, episode + 1)
                 if every and step % every == 0 and step - first < num_steps:  # the last one saves after the loop
                     self._save()
                 self.run.stop.agree()
-        self.records.seal()
+        with self.run.clock.measure("records"):
+            self.records.seal()
         self.run.bad_rows.check()
 
     def _evaluates(self, episode: int) -> bool:

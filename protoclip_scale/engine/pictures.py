@@ -84,7 +84,8 @@ class _Drawing:
         self._row_ids, self._positions = np.concatenate(rows.row_ids), np.concatenate(rows.positions)
         self._lanes: dict[int, tuple[SpooledLane, np.ndarray, np.ndarray]] = {}
         try:
-            self.has_rows = bool(len(self._positions)) and bool(self._row(0))
+            first_of_lanes = np.unique(self._positions // run.plan.lane_rows, return_index=True)[1]
+            self.has_rows = bool(len(first_of_lanes)) and all(self._row(int(place)) for place in first_of_lanes)
         except FileNotFoundError:
             self.has_rows = False
 

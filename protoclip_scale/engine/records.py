@@ -24,9 +24,10 @@ class Records:
         run = self._run
         self._recorder = None
         if self._wanted(episode):
-            info = {"run_id": run.run_id, "plan": run.plan.fingerprint}
-            dim = run.recipe.model.prototype_heads.dim
-            self._recorder = Recorder(run.folder, episode, dim, run.recipe.data.plan.lanes, run.plan.lane_rows, run.lanes, info, step_in_episode * run.plan.per_lane)
+            dim, info = run.recipe.model.prototype_heads.dim, {"run_id": run.run_id, "plan": run.plan.fingerprint}
+            about = run.folder, episode, dim, run.recipe.data.plan.lanes, run.plan.lane_rows, info
+            collectives.from_rank_zero(lambda: recording.create(*about) and None)
+            self._recorder = Recorder(recording.create(*about), run.lanes, step_in_episode * run.plan.per_lane)
         return self._recorder
 
     def _wanted(self, episode: int) -> bool:
@@ -56,12 +57,15 @@ class Records:
         looked_into = range(clustering - self._looks_back, clustering)
         return [number for number in recording.recorded_episodes(self._run.folder) if number in looked_into]
 
-    def resume(self, manifest: dict, cursor: Cursor) -> None:
-        """Raises UserError if records that the checkpoint counts on are gone; removes later ones, which belong to steps that are taken back. A collective."""
-        folder = self._run.folder
+    def check(self, manifest: dict) -> None:
+        """Raises UserError if records that a checkpoint counts on are gone; a collective."""
         for number in manifest.get("recorded", ()):
-            recording.check(folder, number)
+            recording.check(self._run.folder, number)
         collectives.barrier()
+
+    def take_back(self, cursor: Cursor) -> None:
+        """Remove records of later episodes than the run goes on from: those did not happen."""
+        folder = self._run.folder
         if collectives.rank() == 0:
             recording.forget(folder, [number for number in recording.recorded_episodes(folder) if number > cursor.episode])
 

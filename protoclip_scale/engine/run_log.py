@@ -43,14 +43,19 @@ class RunLog:
 
     def metrics(self, kind: str, step: int, samples: int, **figures: Any) -> None:
         """Append one line, flushed. ``kind`` is one of ``KINDS``; figures with a slash are passed as ``**{"loss/clip": x}``."""
+        self._append(kind, [figures], step, samples)
+
+    def _append(self, kind: str, lines: list[dict[str, Any]], step: int, samples: int) -> None:
+        """In one write, so that a kill leaves all lines, or at most tears them at one place."""
         assert kind in KINDS, f"unknown kind of metrics line: {kind}"
         reserved = {"kind": kind, "step": int(step), "samples": int(samples), "attempt": self.attempt, "time": round(time.time(), 3)}
-        assert not reserved.keys() & figures.keys(), f"figures must not be named {sorted(reserved.keys() & figures.keys())}"
+        for figures in lines:
+            assert not reserved.keys() & figures.keys(), f"figures must not be named {sorted(reserved.keys() & figures.keys())}"
         if not self.is_main:
             return
         if self._metrics is None:
             self._metrics = self._open_metrics()
-        self._metrics.write(json.dumps(finite(reserved | figures), allow_nan=False) + "\n")
+        self._metrics.write("".join(json.dumps(finite(reserved | figures), allow_nan=False) + "\n" for figures in lines))
         self._metrics.flush()
 
     def _open_metrics(self):
@@ -91,19 +96,18 @@ class RunLog:
             self.metrics(kind, step, samples, **figures)
 
     def table(self, kind: str, lines: list[dict[str, Any]], step: int, samples: int, **figures: Any) -> None:
-        """Append several lines of one kind and step, unless there are some."""
-        if self.is_main and self.last(kind, step) is None:
-            for line in lines:
-                self.metrics(kind, step, samples, **figures, **line)
+        """Append several lines of one kind and step, each with ``figures``, unless there are such lines."""
+        if self.is_main and self.last(kind, step, **figures) is None:
+            self._append(kind, [line | figures for line in lines], step, samples)
 
-    def last(self, kind: str, step: int | None = None) -> dict[str, Any] | None:
-        """The newest line of a kind, or of a kind and step; None if there is none. Reads the file."""
+    def last(self, kind: str, step: int | None = None, **figures: Any) -> dict[str, Any] | None:
+        """The newest line of a kind, or of a kind and step, with these figures; None if there is none. Reads the file."""
         found = None
         if self.metrics_path.exists():
             for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
-                    if entry["kind"] == kind and step in (None, entry["step"]):
+                    if entry["kind"] == kind and step in (None, entry["step"]) and all(entry.get(name) == value for name, value in figures.items()):
                         found = entry
         return found
 

@@ -19,6 +19,6 @@ class StopFlag:
 
     def agree(self) -> None:
         """Raise Stopped on all ranks if any was asked to stop; a collective."""
-        self.raised = collectives.any_rank(self.raised)
-        if self.raised:
+        if collectives.any_rank(self.raised):
+            self.raised = True  # never set back: a signal may have come while the ranks agreed
             raise Stopped

@@ -34,19 +34,17 @@ def bytes_per_row(dim: int) -> int:
     return 2 * dim * np.dtype(DTYPE).itemsize + 9
 
 
+def create(run_folder: Path, episode: int, dim: int, lanes: int, lane_rows: int, info: dict[str, Any]) -> FeatureStore:
+    """The store of an episode, to be written to; the same one when called again, by another rank or after a kill."""
+    layout = {"kind": KIND, "episode": episode, **info}
+    return FeatureStore.create(folder_of(run_folder, episode), dict.fromkeys(COLUMNS, dim), lanes, lane_rows, dtype=DTYPE, info=layout, row_ids=True)
+
+
 class Recorder:
     """Writes the own lanes of an episode. Opened again after a kill it goes on from ``first_slot`` of each lane: what lies behind it is trained again."""
 
-    def __init__(self, run_folder: Path, episode: int, dim: int, lanes: int, lane_rows: int, own_lanes: Sequence[int], info: dict[str, Any], first_slot: int = 0):
-        self.store = FeatureStore.create(
-            folder_of(run_folder, episode),
-            dict.fromkeys(COLUMNS, dim),
-            lanes,
-            lane_rows,
-            dtype=DTYPE,
-            info={"kind": KIND, "episode": episode, **info},
-            row_ids=True,
-        )
+    def __init__(self, store: FeatureStore, own_lanes: Sequence[int], first_slot: int = 0):
+        self.store = store
         self._writers = [self.store.writer(lane) for lane in own_lanes]
         for writer in self._writers:
             writer.forget(slice(first_slot, None))
@@ -98,6 +96,7 @@ def latest_visits(stores: Iterable[FeatureStore], row_ids: np.ndarray) -> list[t
             ids = np.asarray(store.row_ids(part))
             at = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
             here = np.flatnonzero((wanted[at] == ids) & unseen[at] & store.written(part))
+            here = here[here > places[at[here], 1]]  # an episode in which an epoch ends may hold a row twice, in different lanes: slots are in the order of steps
             places[at[here]] = np.stack([np.full(len(here), len(parts)), here], axis=1)
             parts.append((store, part))
     of_rows = places[of_wanted]

@@ -89,10 +89,29 @@ def _recorded_features_exist(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _searched_each_episode(recipe: Recipe) -> bool:
+    """Whether any labeling is clustered episode by episode; a teacher's may be clustered once for all."""
+    return any(labeling != "teacher" or recipe.objectives[name].refresh == "episode" for name in clustered_objectives(recipe) for labeling in _clusters(name))
+
+
+def _episode_clusterings_exist(recipe: Recipe) -> Iterator[str]:
+    """Settings of clusterings from one episode to the next."""
+    if recipe.prototypes is None:
+        return
+    refresh = recipe.prototypes.refresh
+    if recipe.prototypes.warm_start and clustered_objectives(recipe) and not _searched_each_episode(recipe):
+        yield "prototypes.warm_start true has no effect: objectives.teacher.refresh once leaves no clustering that follows another; remove it"
+    if recipe.prototypes.normalize_centroids and refresh != "episode" and "prototype" in clustered_objectives(recipe):
+        yield (
+            f"prototypes.normalize_centroids true would label rows by other centroids than prototypes.refresh {refresh} clustered them with; "
+            "set it to false, prototypes.spherical to true, or refresh to episode"
+        )
+
+
 def _clusters_fit_the_episode(recipe: Recipe) -> Iterator[str]:
     plan = recipe.data.plan
     rows = steps_per_episode(recipe) * plan.global_batch
-    if recipe.prototypes and recipe.prototypes.clusters > rows:
+    if recipe.prototypes and recipe.prototypes.clusters > rows and (_searched_each_episode(recipe) or not clustered_objectives(recipe)):
         yield (
             f"prototypes.clusters {recipe.prototypes.clusters} is larger than an episode: data.plan.episode_size {plan.episode_size} is {rows} rows "
             f"in whole batches; use at most {rows} clusters (about {max(2, rows // 10)} is healthy), or longer episodes"
@@ -197,6 +216,7 @@ RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _something_trains,
     _clustering_is_used,
     _recorded_features_exist,
+    _episode_clusterings_exist,
     _clusters_fit_the_episode,
     _episode_fits_the_epoch,
     _norm_groups_divide_lanes,
