@@ -57,11 +57,14 @@ def test_every_policy_is_a_recipe_that_differs_in_nothing_else(parts, corpus, tm
 def test_the_table_is_made_of_paired_differences(parts, corpus, tmp_path, monkeypatch, capsys):
     bench = parts["runs"].Bench(tmp_path / "work", parts["corpus"].prepare(corpus, CORPUS, tmp_path / "work" / "corpus"), samples=1000, threads=1)
     measured = {("clip", 0): (10, 100), ("clip", 1): (20, 100), ("protoclip", 0): (13, 150), ("protoclip", 1): (21, 140), ("teacher_once", 1): (24, 110)}
+    (tmp_path / "work" / "teacher-text").mkdir()  # as if it had been made
+    (tmp_path / "work" / "teacher-text" / "manifest.json").touch()
+    settings = {(policy, seed): bench.overrides(parts["policies"].POLICIES[policy], seed) for policy, seed in measured}
     for (policy, seed), (recall, seconds) in measured.items():
         place = bench.place(policy, seed)
         place.mkdir(parents=True)
         recalls = dict(zip(bench.corpus.sets, (recall - 3, recall - 1, recall + 1, recall + 3), strict=True))
-        result = parts["runs"].Result(policy, seed, 1000, {"train": 0.75 * seconds, "extract": 0.25 * seconds}, recalls, 1.0, 100.0)
+        result = parts["runs"].Result(policy, seed, 1000, {"train": 0.75 * seconds, "extract": 0.25 * seconds}, recalls, 1.0, 100.0, settings[policy, seed], None)
         (place / "result.json").write_text(json.dumps(vars(result)))
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))
     assert benchmark["main"](["--corpus", str(corpus), "--folder", str(tmp_path / "work"), "--samples", "1000", "--table"]) == 0
@@ -73,6 +76,8 @@ def test_the_table_is_made_of_paired_differences(parts, corpus, tmp_path, monkey
     assert figures["protoclip"]["cost_over_clip"] == pytest.approx(1.45) and figures["teacher_once"]["cost_over_clip"] == pytest.approx(1.1)
     assert figures["protoclip"]["share_of_clip"] == pytest.approx({"train": 0.75 * 1.45, "extract": 0.25 * 1.45})
     assert "+2.00 ±1.41" in output and "1.45" in output
+    assert benchmark["main"](["--corpus", str(corpus), "--folder", str(tmp_path / "work"), "--samples", "1000", "--set", "optim.lr=1e-4", "--table"]) == 1
+    assert "is of a run with other settings (optim.lr=1e-4)" in capsys.readouterr().err
     assert benchmark["main"](["--corpus", str(corpus), "--folder", str(tmp_path / "work"), "--policies", "clop"]) == 1
     assert "clop" in capsys.readouterr().err
 

@@ -169,3 +169,11 @@ def test_gpu_gives_the_same(dtype, tolerance):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_equal([tensor.cpu() for tensor in found], expected, 10 * tolerance)
+
+
+def test_nothing_counts_where_all_prototypes_are_masked():
+    contrast = make_contrast(torch.zeros(4, 3), torch.randn(4, 3), 0.1, mask_empty=True)
+    student = torch.nn.functional.normalize(torch.randn(5, 3), dim=1).requires_grad_()
+    loss = prototype_loss(student, torch.tensor([10.0]), contrast, torch.tensor([0, 1, 2, 3, 0]))
+    loss.backward()
+    assert loss.item() == 0 and not student.grad.any()

@@ -9,12 +9,12 @@ BASELINE, PAPER = "clip", "protoclip"
 
 
 def paired(results: dict[tuple[str, int], Result], policy: str, other: str) -> dict[str, float] | None:
-    """Mean and spread (standard deviation, 0 for one seed) over common seeds of ret4 minus the other policy's; None without a common seed."""
+    """Mean and spread (standard deviation, None for one seed) over common seeds of ret4 minus the other policy's; None without a common seed."""
     seeds = sorted(seed for name, seed in results if name == policy and (other, seed) in results)
     if not seeds:
         return None
     differences = [results[policy, seed].ret4 - results[other, seed].ret4 for seed in seeds]
-    return {"mean": statistics.mean(differences), "spread": statistics.stdev(differences) if len(seeds) > 1 else 0.0, "seeds": len(seeds)}
+    return {"mean": statistics.mean(differences), "spread": statistics.stdev(differences) if len(seeds) > 1 else None, "seeds": len(seeds)}
 
 
 def summary(results: dict[tuple[str, int], Result], policies: Iterable[str]) -> dict[str, dict]:
@@ -24,8 +24,9 @@ def summary(results: dict[tuple[str, int], Result], policies: Iterable[str]) -> 
         runs = [result for (name, _), result in sorted(results.items()) if name == policy]
         if not runs:
             continue
-        base = [results[BASELINE, run.seed].seconds for run in runs if (BASELINE, run.seed) in results]
+        pairs = [(run, results[BASELINE, run.seed]) for run in runs if (BASELINE, run.seed) in results]
         phases = sorted({phase for run in runs for phase in run.phases})
+        shares = {phase: statistics.mean(run.phases.get(phase, 0.0) / base.seconds for run, base in pairs) for phase in phases} if pairs else None
         figures[policy] = {
             "seeds": [run.seed for run in runs],
             "samples": runs[0].samples,
@@ -34,8 +35,9 @@ def summary(results: dict[tuple[str, int], Result], policies: Iterable[str]) -> 
             "minus_clip": paired(results, policy, BASELINE),
             "minus_protoclip": paired(results, policy, PAPER),
             "cpu_seconds": statistics.mean(run.seconds for run in runs),
-            "cost_over_clip": statistics.median(run.seconds / results[BASELINE, run.seed].seconds for run in runs if (BASELINE, run.seed) in results) if base else None,
-            "share_of_clip": {phase: statistics.mean(run.phases.get(phase, 0.0) for run in runs) / statistics.mean(base) for phase in phases} if base else None,
+            "cost_over_clip": sum(shares.values()) if shares else None,
+            "share_of_clip": shares,
             "peak_mb": max(run.peak_mb for run in runs),
+            "commits": sorted({run.commit or "unknown" for run in runs}),
         }
     return figures

@@ -11,7 +11,7 @@ BASE = {
     "data": {
         "sources": [{"name": "train_corpus", "files": "train-*.parquet"}],
         "plan": {"episode_size": EPISODE_ROWS, "lanes": LANES, "global_batch": BATCH},
-        "augmentation": "protoclip_light",
+        "augmentation": "clip",
         "workers": 0,
     },
     "model": {

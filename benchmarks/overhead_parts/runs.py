@@ -13,6 +13,7 @@ import yaml
 
 from overhead_parts.corpus import Corpus
 from overhead_parts.policies import BASE, EPISODE_ROWS, POLICIES, TEACHERS, Policy
+from protoclip_scale.engine.run_log import git_commit
 from protoclip_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,7 +22,8 @@ NOT_TRAINING = ("evaluate",)  # the same for every policy, and none of its busin
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run. ``phases``: processor seconds by phase, evaluation left out; ``recalls``: mean recall of each held-out set in per cent."""
+    """One finished run. ``phases``: processor seconds by phase, evaluation left out; ``recalls``: mean recall of each held-out set in per cent; ``settings``: how its
+    recipe differed from the base; ``commit``: of the code."""
 
     policy: str
     seed: int
@@ -30,6 +32,8 @@ class Result:
     recalls: dict[str, float]
     wall_seconds: float
     peak_mb: float
+    settings: list[str]
+    commit: str | None
 
     @property
     def seconds(self) -> float:
@@ -54,8 +58,14 @@ class Bench:
         return self.folder / "runs" / f"{self.samples}-samples-{self.threads}-threads" / f"{policy}-{seed}"
 
     def finished(self, policy: str, seed: int) -> Result | None:
+        """UserError if it was another run than this one would be."""
         path = self.place(policy, seed) / "result.json"
-        return Result(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        result = Result(**json.loads(path.read_text()))
+        if result.settings != self.overrides(POLICIES[policy], seed):
+            raise UserError(f"{path} is of a run with other settings ({'; '.join(sorted(set(result.settings) ^ set(self.overrides(POLICIES[policy], seed))))}); remove it, or use another --folder")
+        return result
 
     def recipe(self) -> Path:
         """The base recipe, written into the work folder."""
@@ -120,4 +130,6 @@ class Bench:
             recalls={held_out: 100 * evaluation[f"{held_out}/retrieval/mean_recall"] for held_out in self.corpus.sets},
             wall_seconds=measured["wall_seconds"],
             peak_mb=measured["peak_mb"],
+            settings=self.overrides(POLICIES[name], seed),
+            commit=git_commit(),
         )

@@ -106,7 +106,7 @@ def cluster(
         prototypes = {name: back_translation.unit_rows(each) for name, each in prototypes.items()}
     for objective in objectives.values():
         for name, temperature in objective.soft_target_temperatures().items():
-            figures[f"target_entropy/{name}"] = diagnostics.target_entropy(prototypes[f"{name}_centroids"], labels[name], temperature)
+            figures[f"target_entropy/{name}"] = diagnostics.target_entropy(torch.from_numpy(prototypes[f"{name}_centroids"]).to(run.device), labels[name], temperature)
     figures |= quality.clustering_quality(rows.features, rows.positions, labels, prototypes, settings, (run.recipe.data.plan.seed, episode))
     event("cluster.labels")
     by_position = {name: _of_all_lanes(run, rows.positions, labels[name]) for name in searched} if rows.episode == episode else {}

@@ -30,6 +30,8 @@ def label_agreement(prototypes: EpisodePrototypes, features: dict[str, torch.Ten
                 continue
             centroids_KP = prototypes.centroids[name]
             centroids_KP = centroids_KP[centroids_KP.any(dim=1)]
+            if not len(centroids_KP) or not rows_NP.shape[-1]:
+                continue
             clusters_N = nearest_rows(rows_NP.to(centroids_KP), centroids_KP).cpu().numpy()
             for column, names in classes.items():
                 known_N = np.array([bool(name) for name in names], dtype=bool)

@@ -90,6 +90,8 @@ def make_contrast(
     if mask_empty:
         filled_K = prototypes_KP.any(dim=1)
         present, counted_K = filled_K.nonzero().squeeze(1), filled_K.to(dtype)
+        if not len(present):
+            present = present.new_zeros(1)  # no row counts then, whatever it is held against
         rivals_MP = prototypes_KP[present]
     if teacher_KP is None:
         return Contrast(rivals_MP, prototypes_KP, counted_K)
