@@ -58,7 +58,9 @@ def results(rank: int, world: int, rows: torch.Tensor, threads: int) -> dict:
     faiss.omp_set_num_threads(threads)
     parts, positions = lanes(rows.numpy(), range(rank * LANES // world, (rank + 1) * LANES // world))
     if world == 1:
-        return {case: clustering(case, parts, positions) for case in GROUPS[world, threads]}
+        found = {case: clustering(case, parts, positions) for case in GROUPS[world, threads]}
+        assert torch.get_num_threads() == faiss.omp_get_max_threads() == threads, "searching in threads leaves the settings alone"
+        return found
     dist.init_process_group("gloo")
     found = {case: clustering(case, parts, positions) for case in GROUPS[world, threads]}
     if world == 2:
@@ -81,17 +83,17 @@ def clustering(case: str, parts: list[np.ndarray], positions: list[np.ndarray]) 
 
 def broken(name: str, rank: int, parts: list[np.ndarray], positions: list[np.ndarray]) -> kmeans.KMeansResult:
     """A clustering with a fault in it."""
-    reduce_array, add_rows, calls = sweeps.reduce_array, sweeps.add_rows, []
+    reduce_tensor, add_rows, calls = sweeps.reduce_tensor, sweeps.add_rows, []
 
     def drop_a_lane(*arguments, **sign):
         calls.append(arguments)
         if rank == 0 or len(calls) % 3:
             add_rows(*arguments, **sign)
 
-    def own_sums(array):
-        return np.concatenate([array[:-2], reduce_array(array[-2:])])
+    def own_sums(changes):
+        return torch.cat([changes[:-2], reduce_tensor(changes[-2:])])
 
-    faults = {"each rank's own sums": {"reduce_array": own_sums}, "a dropped lane": {"add_rows": drop_a_lane}}
+    faults = {"each rank's own sums": {"reduce_tensor": own_sums}, "a dropped lane": {"add_rows": drop_a_lane}}
     with pytest.MonkeyPatch.context() as patch:
         for attribute, fault in faults[name].items():
             patch.setattr(sweeps, attribute, fault)

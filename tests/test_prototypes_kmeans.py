@@ -14,6 +14,7 @@ from protoclip_scale.prototypes.fixed_point import extent_of
 from protoclip_scale.prototypes.starts import draw_starts
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.recipe.schema import Prototypes
+from tests.support import spawn
 
 ENGINES = ("faiss", "torch")
 
@@ -59,15 +60,23 @@ def test_distances_stay_exact_far_from_the_origin():
         assert (labels == distances.argmin(axis=1)).mean() > 0.98
 
 
-def test_the_torch_engine_does_not_need_faiss(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("protoclip_scale.prototypes")]:
-        monkeypatch.delitem(sys.modules, name)  # so that it is imported again, without faiss
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    rows = blobs(300)
+def without_faiss(rank: int, world: int) -> tuple[int, str]:
+    """In a process of its own, everything imported anew: (clusters that the torch engine finds, what the other engine says)."""
+    for name in [name for name in sys.modules if name.startswith(("protoclip_scale.", "faiss"))]:
+        del sys.modules[name]
+    sys.modules["faiss"] = None
     anew = importlib.import_module("protoclip_scale.prototypes.kmeans")
-    assert anew is not kmeans and len(anew.fit(*split(rows, 2), settings(engine="torch"), [0]).counts) == 30
-    with pytest.raises(UserError, match="prototypes.engine faiss: .*set prototypes.engine to torch"):
-        anew.fit(*split(rows, 2), settings(engine="faiss"), [0])
+    user_error = importlib.import_module("protoclip_scale.errors").UserError
+    found = anew.fit(*split(blobs(300), 2), settings(engine="torch"), [0])
+    with pytest.raises(user_error) as error:
+        anew.fit(*split(blobs(300), 2), settings(engine="faiss"), [0])
+    return len(found.counts), str(error.value)
+
+
+def test_the_torch_engine_does_not_need_faiss():
+    clusters, said = spawn(without_faiss, 1)[0]
+    assert clusters == 30
+    assert said.startswith("prototypes.engine faiss: ") and said.endswith("set prototypes.engine to torch")
 
 
 def slow_lloyd(rows: np.ndarray, centroids: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:

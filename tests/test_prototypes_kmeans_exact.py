@@ -7,11 +7,12 @@ import torch
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes import assign_torch, kmeans, sweeps
-from protoclip_scale.prototypes.assign import assign
+from protoclip_scale.prototypes.assign import Targets, assign, engine_module, propose
 from protoclip_scale.prototypes.fixed_point import extent_of
 from protoclip_scale.prototypes.splitting import split_clusters
 from protoclip_scale.prototypes.starts import draw_starts
 from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.prototypes.workers import Workers
 from protoclip_scale.recipe.schema import Prototypes
 from tests.support import RECIPES
 
@@ -85,16 +86,18 @@ def test_a_bound_that_is_too_large_does_not_pass(rows, slow, monkeypatch):
 
 @pytest.mark.parametrize(("engine", "distances"), SEARCHES)
 def test_sums_made_from_moved_rows_are_those_of_all_rows(rows, engine, distances):
-    found = sweeps.Sweeps(split(rows)[0], 50, engine, distances, extent_of([rows]))
+    module = engine_module(engine)
+    found = sweeps.Sweeps(split(rows)[0], 50, module, distances, extent_of([rows]), Workers(module))
     rng = np.random.default_rng(1)
     before = np.full((50, 64), np.nan)
     for step in range(4):
         centroids = rows[rng.permutation(4000)[:50]]
-        sweep = found.sweep(centroids, np.full(50, np.inf) if step == 0 else np.linalg.norm(centroids - before, axis=1))
+        movement = np.full(50, np.inf) if step == 0 else np.linalg.norm(centroids - before.astype(np.float64), axis=1)
+        sweep = found.sweep(torch.from_numpy(centroids), torch.from_numpy(movement))
         labels = slow_labels(rows, centroids)
         whole = np.stack([rows[labels == cluster].sum(axis=0, dtype=np.float64) for cluster in range(50)])
-        assert np.array_equal(torch.cat(found.labels).numpy(), labels) and np.array_equal(found.counts, np.bincount(labels, minlength=50))
-        np.testing.assert_allclose(np.ldexp(found.sums.astype(np.float64), -extent_of([rows]).exponent), whole, atol=1e-9)
+        assert np.array_equal(torch.cat(found.labels).numpy(), labels) and np.array_equal(found.counts.numpy(), np.bincount(labels, minlength=50))
+        np.testing.assert_allclose(np.ldexp(found.sums.double().numpy(), -extent_of([rows]).exponent), whole, atol=1e-9)
         assert sweep.objective == pytest.approx(((rows - centroids[labels]) ** 2.0).sum(), rel=1e-5)
         np.testing.assert_allclose(found.spreads(), np.bincount(labels, ((rows - centroids[labels]) ** 2.0).sum(axis=1), 50), atol=1e-5)
         before = centroids
@@ -147,6 +150,14 @@ def test_a_warm_start_goes_on_from_its_centroids(rows):
     starts = draw_starts(*split(rows), settings(), [2, 0], extent_of([rows]), first.centroids[:250])
     assert np.array_equal(starts[:250], first.centroids[:250]) and len(starts) == 300 and some.empties == 0
     assert assign(starts[250:], first.centroids[:250], "faiss")[1].min() > 0, "new ones lie beside no old one"
+
+
+def test_centroids_far_outside_the_rows_overflow_nothing(rows):
+    small = rows[:500] * np.float32(1e-4)
+    far = kmeans.fit(*split(small, (200,)), settings(clusters=4, iterations=1), [0], start=np.full((4, 64), 50, dtype=np.float32))
+    assert far.history[0].objective == pytest.approx(500 * 64 * 50**2, rel=1e-3) and far.objective < 500 * 64
+    spherical = kmeans.fit(*split(small, (200,)), settings(clusters=4, spherical=True), [0])
+    assert spherical.objective == pytest.approx(((small - spherical.centroids[np.concatenate(spherical.labels)]) ** 2.0).sum(), rel=1e-5)
 
 
 def test_k_means_plus_plus_starts_far_apart_and_alike_for_any_lanes(rows):
@@ -207,3 +218,19 @@ def test_only_clusters_that_can_be_told_apart_are_split():
     np.testing.assert_allclose(made[[1, 2, 3]], np.tile(centroids[2], (3, 1)), rtol=3e-3)
     assert len(np.unique(made[[1, 2, 3]], axis=0)) == 3
     assert np.array_equal(split_clusters(centroids, counts, np.ones(5, dtype=bool)), centroids), "no donor, no change"
+
+
+@pytest.mark.parametrize("dim", [2, 4, 8, 128])
+@pytest.mark.parametrize("distances", ["fp32", "bf16"])
+def test_what_an_engine_proposes_is_off_by_no_more_than_it_says(dim, distances):
+    """Numbers just beside those that bf16 can hold, where it rounds most."""
+    rng = np.random.default_rng(dim)
+    signs = rng.choice([-1, 1], size=(40, dim))
+    centroids = torch.from_numpy((signs * (1 + 2.0**-8 + 1e-4 * rng.choice([-1, 1], size=(40, dim)))).astype(np.float32))
+    rows = (centroids[rng.integers(40, size=500)] + centroids[rng.integers(40, size=500)]) / 2
+    targets = Targets(centroids)
+    labels, first, _, error = propose(rows, targets, engine_module("torch"), distances)
+    true = (rows[:, None].double() - centroids.double()).square().sum(dim=2)
+    assert ((first - true.gather(1, labels[:, None])[:, 0]).abs() <= error).all()
+    found = assign(rows.numpy(), centroids.numpy(), "torch", distances)[0]
+    assert np.array_equal(found, slow_labels(rows.numpy(), centroids.numpy()))

@@ -56,6 +56,7 @@ class Group:
 
 
 def _serve(pipe, rank: int, world: int, port: int, threads: int, features: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared here runs on processors, on a machine with GPUs too
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     if world > 1:

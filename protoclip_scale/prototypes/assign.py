@@ -16,13 +16,13 @@ import torch
 
 from protoclip_scale.errors import UserError
 
-ROUNDING = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-9}  # of a product's factors
+ROUNDING = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}  # of a product's factors; tf32's may be cut off, not rounded
 UNIT = 2.0**-24  # of a float32 sum
 DECIDE_ELEMENTS = 1 << 21
 
 
 def engine_module(engine: str) -> ModuleType:
-    """``assign_<engine>``, with ``device()`` and ``two_nearest(rows, centroids, distances)``. UserError if its library is missing."""
+    """``assign_<engine>``, with ``device()``, ``use_one_thread()`` and ``two_nearest(rows, centroids, distances)``. UserError if its library is missing."""
     try:
         return importlib.import_module(f"protoclip_scale.prototypes.assign_{engine}")
     except ModuleNotFoundError as error:
@@ -88,14 +88,18 @@ def propose(
 
 @contextmanager
 def precise_products(device: torch.device, precision: str = "highest") -> Iterator[None]:
-    """Float32 matrix products of this precision inside, whatever the training uses."""
+    """Float32 matrix products of this precision inside, whatever the training uses. The setting is the process's, not the thread's: it is left
+    alone where it is right, as it is on CPUs unless somebody has changed it."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
+        if before == precision:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            return
+        torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def error_share(dim: int, distances: str) -> float:

@@ -3,12 +3,11 @@
 from functools import cache
 
 import faiss
-import numpy as np
 import torch
 
 from protoclip_scale import collectives
 
-PRODUCTS_FROM = 2048  # values of the rows
+faiss.cvar.distance_compute_blas_threshold = 2048  # values of the rows; faiss's 128,000 leaves blocks of 1,000 rows to code two to three times as slow as products
 
 
 @cache
@@ -21,6 +20,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def use_one_thread() -> None:
+    """In the calling thread, of faiss's and torch's own."""
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+
+
 def two_nearest(rows_ND: torch.Tensor, centroids_KD: torch.Tensor, distances: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(labels int64 [N], smallest and second smallest squared distance [N]) by brute force in float32."""
     assert distances == "fp32"
@@ -29,17 +34,7 @@ def two_nearest(rows_ND: torch.Tensor, centroids_KD: torch.Tensor, distances: st
     if faiss.get_num_gpus() > 0:
         squared, labels = faiss.knn_gpu(_gpu_resources(), rows, centroids, wanted, device=collectives.local_rank())
     else:
-        squared, labels = _by_products(rows, centroids, wanted)
+        squared, labels = faiss.knn(rows, centroids, wanted)
     squared, labels = torch.from_numpy(squared), torch.from_numpy(labels)
     second = squared[:, 1] if wanted == 2 else torch.full((len(rows),), torch.inf)
     return labels[:, 0], squared[:, 0], second
-
-
-def _by_products(rows: np.ndarray, centroids: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Searches of up to 1,000 rows too by matrix products, which faiss would not: two to three times as fast."""
-    usual = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = PRODUCTS_FROM
-    try:
-        return faiss.knn(rows, centroids, wanted)
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = usual

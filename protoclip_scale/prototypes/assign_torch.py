@@ -16,6 +16,11 @@ def device() -> torch.device:
     return torch.device("cuda", collectives.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def use_one_thread() -> None:
+    """In the calling thread, of torch's own."""
+    torch.set_num_threads(1)
+
+
 @torch.no_grad()
 def nearest_rows(rows_ND: torch.Tensor, centroids_KD: torch.Tensor, distances: str = "fp32") -> torch.Tensor:
     """int64 [N], on the tensors' device: each row's nearest centroid, of equal ones the first. For float tensors of any kind, under

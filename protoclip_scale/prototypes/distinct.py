@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from protoclip_scale.prototypes.assign import assign
+from protoclip_scale.prototypes.assign import assign, engine_module
 from protoclip_scale.prototypes.fixed_point import gather_array, reduce_array
 from protoclip_scale.prototypes.mapped import take_rows
 
@@ -82,7 +83,7 @@ def _new_ones(candidates: np.ndarray, taken: np.ndarray, tolerance: float, engin
     """Candidates that lie neither on a taken row nor on an earlier candidate."""
     if len(taken):
         candidates = candidates[assign(candidates, taken, engine)[1] > tolerance**2]
-    exact = candidates.astype(np.float64)
-    squares = np.einsum("nd,nd->n", exact, exact)
-    distances = squares[:, None] + squares[None, :] - 2 * exact @ exact.T
-    return candidates[~np.tril(distances <= tolerance**2, -1).any(axis=1)]
+    exact = torch.from_numpy(candidates).to(engine_module(engine).device(), torch.float64)
+    squares = exact.square().sum(dim=1)
+    lies_on = squares[:, None] + squares - 2 * exact @ exact.T <= tolerance**2
+    return candidates[~lies_on.tril(-1).any(dim=1).cpu().numpy()]

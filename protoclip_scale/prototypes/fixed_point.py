@@ -29,6 +29,14 @@ def reduce_array(array: np.ndarray, op: str = "sum") -> np.ndarray:
     return collectives.all_reduce(_to_device(array), op).cpu().numpy()
 
 
+def reduce_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, on the tensor's device."""
+    if collectives.world_size() == 1:
+        return tensor
+    reached = tensor if tensor.is_cuda and collectives.backend() == "nccl" else _to_device(tensor.cpu().numpy())
+    return collectives.all_reduce(reached).to(tensor.device)
+
+
 def gather_array(array: np.ndarray) -> np.ndarray:
     """[n, ...] on each rank (the same n) -> [W*n, ...] in rank order on all."""
     return collectives.all_gather(_to_device(array)).cpu().numpy()
@@ -89,5 +97,10 @@ def add_rows(sums_KD: torch.Tensor, counts_K: torch.Tensor, rows_ND: torch.Tenso
 
 
 def means(sums: np.ndarray, counts: np.ndarray, exponent: int) -> np.ndarray:
+    """``mean_rows`` for NumPy arrays."""
+    return mean_rows(torch.from_numpy(sums), torch.from_numpy(counts), exponent).numpy()
+
+
+def mean_rows(sums_KD: torch.Tensor, counts_K: torch.Tensor, exponent: int) -> torch.Tensor:
     """float32 [K, d] of global sums and counts; zero rows where a count is 0."""
-    return (sums.astype(np.float64) * math.ldexp(1.0, -exponent) / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    return (sums_KD.double() * math.ldexp(1.0, -exponent) / counts_K.clamp_min(1)[:, None]).float()

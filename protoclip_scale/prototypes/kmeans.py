@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from protoclip_scale.prototypes.back_translation import unit_rows
+from protoclip_scale.prototypes.assign import engine_module
 from protoclip_scale.prototypes.diagnostics import imbalance
-from protoclip_scale.prototypes.fixed_point import Extent, extent_of, means
+from protoclip_scale.prototypes.fixed_point import extent_of, mean_rows
 from protoclip_scale.prototypes.splitting import split_clusters
 from protoclip_scale.prototypes.starts import SAME_ROW, draw_starts
 from protoclip_scale.prototypes.sweeps import Sweeps
+from protoclip_scale.prototypes.workers import Workers
 from protoclip_scale.recipe.schema import Prototypes
 
 
@@ -73,65 +75,79 @@ def fit(
 
     Raises UserError if there are fewer distinct rows than clusters, or for non-finite features. Costs at most restarts x (iterations + 1)
     searches of 2 n K d operations, on real features two or three searches a restart (see sweeps); memory besides the mapped features is one
-    tile, K x d sums, and twelve bytes a row.
+    tile for each processor thread, K x d sums, and twelve bytes a row.
     """
+    assert start is None or np.isfinite(start).all()
     extent = extent_of(parts)
     best: _Restart | None = None
     objectives, history = [], []
-    for restart in range(settings.restarts):
-        own_seed = [*seed, restart]
-        centroids = draw_starts(parts, positions, settings, own_seed, extent, start if restart == 0 else None)
-        found = _lloyd(parts, positions, centroids, settings, own_seed, extent, history, on_iteration)
-        objectives.append(found.objective)
-        if best is None or found.objective < best.objective:
-            best = found
+    module = engine_module(settings.engine)
+    with Workers(module) as workers:
+        for restart in range(settings.restarts):
+            drawn = draw_starts(parts, positions, settings, [*seed, restart], extent, start if restart == 0 else None)
+            farthest = max(float(np.abs(drawn).max()), float(settings.spherical))
+            sweeps = Sweeps(parts, settings.clusters, module, settings.distances, extent, workers, farthest)
+            found = _lloyd(sweeps, drawn, settings, restart, history, on_iteration)
+            objectives.append(found.objective)
+            if best is None or found.objective < best.objective:
+                best = found
     assert best is not None
-    counts = best.sweeps.counts
-    labels = [lane.cpu().numpy() for lane in best.sweeps.labels]
-    empties = int((counts == 0).sum())
+    counts = best.sweeps.counts.cpu().numpy()
     return KMeansResult(
-        best.centroids, labels, counts, best.objective, tuple(objectives), empties, imbalance(counts), best.iterations, tuple(history)
+        centroids=best.centroids.cpu().numpy(),
+        labels=[lane.cpu().numpy() for lane in best.sweeps.labels],
+        counts=counts,
+        objective=best.objective,
+        objectives=tuple(objectives),
+        empties=int((counts == 0).sum()),
+        imbalance=imbalance(counts),
+        iterations=best.iterations,
+        history=tuple(history),
     )
 
 
 @dataclass(frozen=True)
 class _Restart:
     sweeps: Sweeps
-    centroids: np.ndarray
+    centroids: torch.Tensor
     objective: float
     iterations: int
 
 
 def _lloyd(
-    parts: Sequence[np.ndarray],
-    positions: Sequence[np.ndarray],
-    centroids: np.ndarray,
+    sweeps: Sweeps,
+    start: np.ndarray,
     settings: Prototypes,
-    seed: Sequence[int],
-    extent: Extent,
+    restart: int,
     history: list[Iteration],
     on_iteration: OnIteration | None,
 ) -> _Restart:
-    """One restart, its number last in ``seed``; adds its iterations to ``history``."""
-    form = unit_rows if settings.spherical else np.asarray
-    centroids = form(centroids)
-    sweeps = Sweeps(parts, settings.clusters, settings.engine, settings.distances, extent)
-    movement = np.full(settings.clusters, np.inf)
+    """One restart; adds its iterations to ``history``."""
+    extent = sweeps.extent
+    centroids_KD = _form(torch.from_numpy(start).to(sweeps.device), settings)
+    movement_K = torch.full((settings.clusters,), torch.inf, dtype=torch.float64, device=sweeps.device)
     for iteration in range(settings.iterations + 1):
-        found = sweeps.sweep(centroids, movement)
-        empty = np.flatnonzero(sweeps.counts == 0)
+        found = sweeps.sweep(centroids_KD, movement_K)
         if iteration == settings.iterations:
             break
-        history.append(Iteration(seed[-1], iteration, found.objective, found.moved, len(empty), imbalance(sweeps.counts)))
+        counts = sweeps.counts.cpu().numpy()
+        num_empty = int((counts == 0).sum())
+        history.append(Iteration(restart, iteration, found.objective, found.moved, num_empty, imbalance(counts)))
         if on_iteration is not None:
             on_iteration(history[-1])
-        if found.moved == 0 or (found.moved <= settings.settled * extent.num_rows and not len(empty)):
+        if found.moved == 0 or (found.moved <= settings.settled * extent.num_rows and not num_empty):
             break
-        updated = means(sweeps.sums, sweeps.counts, extent.exponent)
-        if len(empty):
-            updated[empty] = centroids[empty]
-            updated = split_clusters(updated, sweeps.counts, sweeps.spreads() <= sweeps.counts * (SAME_ROW * extent.largest) ** 2)
-        updated = form(updated)
-        movement = np.linalg.norm(updated.astype(np.float64) - centroids, axis=1)
-        centroids = updated
-    return _Restart(sweeps, centroids, found.objective, iteration)
+        updated_KD = mean_rows(sweeps.sums, sweeps.counts, extent.exponent)
+        if num_empty:
+            indivisible = sweeps.spreads() <= counts * (SAME_ROW * extent.largest) ** 2
+            updated_KD = torch.where(sweeps.counts[:, None] > 0, updated_KD, centroids_KD)
+            updated_KD = torch.from_numpy(split_clusters(updated_KD.cpu().numpy(), counts, indivisible)).to(sweeps.device)
+        updated_KD = _form(updated_KD, settings)
+        movement_K = torch.linalg.vector_norm(updated_KD - centroids_KD, dim=1, dtype=torch.float64)
+        centroids_KD = updated_KD
+    return _Restart(sweeps, centroids_KD, found.objective, iteration)
+
+
+def _form(centroids_KD: torch.Tensor, settings: Prototypes) -> torch.Tensor:
+    """Scaled to unit length if they are to be; zero stays zero."""
+    return torch.nn.functional.normalize(centroids_KD, dim=1) if settings.spherical else centroids_KD

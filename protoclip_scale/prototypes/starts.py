@@ -35,9 +35,10 @@ def draw_starts(
     assert given.shape[1] == parts[0].shape[1] and len(given) <= settings.clusters, given.shape
     drawn = DRAWS[settings.start](parts, positions, settings, seed, SAME_ROW * extent.largest, given)
     if len(drawn) < settings.clusters:
+        beside = f" beside the {len(given)} that k-means starts from" if len(given) else ""
         raise UserError(
-            f"prototypes.clusters is {settings.clusters}, but the {extent.num_rows} rows to cluster hold only {len(drawn)} distinct "
-            f"features; set prototypes.clusters to at most {len(drawn)}, or raise data.plan.episode_size"
+            f"prototypes.clusters is {settings.clusters}, but the {extent.num_rows} rows to cluster hold only {len(drawn) - len(given)} distinct "
+            f"features{beside}; set prototypes.clusters to at most {len(drawn)}, or cluster more rows (data.plan.episode_size)"
         )
     return drawn
 

@@ -6,17 +6,21 @@ they moved, a row must be compared with those at the front alone, and with none 
 label are all that changes the sums, which are integers: taking a row away and adding it elsewhere is exact.
 """
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 
-from protoclip_scale.prototypes.assign import UNIT, Targets, decide, direct, engine_module, propose
-from protoclip_scale.prototypes.fixed_point import Extent, add_rows, reduce_array, unit_exponent
+from protoclip_scale.prototypes.assign import UNIT, Targets, decide, direct, propose
+from protoclip_scale.prototypes.fixed_point import Extent, add_rows, reduce_tensor, unit_exponent
 from protoclip_scale.prototypes.mapped import let_pages_go
+from protoclip_scale.prototypes.workers import Workers
 
-TILE_ROWS = 65536
+TILE_ROWS, LEAST_TILE_ROWS = 65536, 2048
 BLOCK_ROWS = {"cpu": 2048, "cuda": 4096}  # searched at once: those of one block share the front of the centroids
 
 
@@ -31,50 +35,50 @@ class Found:
 class Sweeps:
     """The searches of one restart over the own lanes, and the sums and counts of all ranks' rows by label.
 
-    ``labels``: int32 [n_l] of each lane; ``squared``: float32 [n_l], the squared distances to their centroids. Tiles begin anew in every
-    lane, so that each product has the same shape whichever rank computes it. Memory: 12 bytes a row, one tile of rows, 2 K d int64.
+    ``labels``: int32 [n_l] of each lane; ``squared``: float32 [n_l], the squared distances to their centroids. Tiles of rows, each in one lane, are
+    searched by ``workers`` in any order: what they find does not depend on it, nor on their size. ``farthest``: the largest absolute value of a centroid that is not a mean of rows. Memory: 12 bytes a row, one tile of rows for
+    each worker, 2 K d int64.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], num_clusters: int, engine: str, distances: str, extent: Extent):
-        self.module = engine_module(engine)
-        self.device = self.module.device()
+    def __init__(self, parts: Sequence[np.ndarray], num_clusters: int, module: ModuleType, distances: str, extent: Extent, workers: Workers, farthest: float = 0.0):
+        self.module, self.device = module, module.device()
         self.parts, self.distances, self.extent = parts, distances, extent
+        self.workers, self.adding = workers, threading.Lock()
+        num_rows = sum(map(len, parts))
+        tile_rows = TILE_ROWS if workers.number == 1 else max(LEAST_TILE_ROWS, min(TILE_ROWS, -(-num_rows // (4 * workers.number))))
+        self.tiles = [
+            (lane, slice(start, min(start + tile_rows, len(part)))) for lane, part in enumerate(parts) for start in range(0, len(part), tile_rows)
+        ]
         self.dim = parts[0].shape[1]
         self.slightly = (self.dim + 16) * UNIT  # a float32 distance is off by less than this share, and bounds are rounded outwards by it
-        self.objective_exponent = unit_exponent(4 * extent.num_rows * self.dim * max(extent.largest, 1e-30) ** 2)
+        self.objective_exponent = unit_exponent(4 * extent.num_rows * self.dim * max(extent.largest, farthest, 1e-30) ** 2)
         self.labels = [torch.full((len(part),), -1, dtype=torch.int32, device=self.device) for part in parts]
         self.squared = [torch.full((len(part),), torch.inf, device=self.device) for part in parts]
         self.bounds = [torch.full((len(part),), -torch.inf, device=self.device) for part in parts]
-        self.sums = np.zeros((num_clusters, self.dim), dtype=np.int64)
-        self.counts = np.zeros(num_clusters, dtype=np.int64)
-        self.pairs = 0
+        self.sums = torch.zeros((num_clusters, self.dim), dtype=torch.int64, device=self.device)
+        self.counts = torch.zeros(num_clusters, dtype=torch.int64, device=self.device)
 
-    def sweep(self, centroids: np.ndarray, movement: np.ndarray) -> Found:
-        """Labels, distances, sums and counts for ``centroids`` float32 [K, d], of which each is ``movement`` [K] away from where it was in
-        the search before (infinitely in the first); a collective. Costs 2 d operations for each pair compared, counted in ``pairs``."""
-        num_clusters = len(centroids)
-        movement_K = torch.from_numpy((movement * (1 + self.slightly)).astype(np.float32)).to(self.device)
+    def sweep(self, centroids_KD: torch.Tensor, movement_K: torch.Tensor) -> Found:
+        """Labels, distances, sums and counts for float32 centroids, each of which is ``movement_K`` (float64) away from where it was in the search
+        before, infinitely in the first; a collective. Costs 2 d operations for each pair that is compared."""
+        movement_K = (movement_K * (1 + self.slightly)).float()
         order = movement_K.argsort(descending=True, stable=True)
-        front = _Front(Targets(torch.from_numpy(centroids).to(self.device), order), movement_K, movement_K[order])
-        sums = torch.zeros((num_clusters, self.dim), dtype=torch.int64, device=self.device)
-        counts = torch.zeros(num_clusters, dtype=torch.int64, device=self.device)
-        moved, objective = 0, 0
-        for lane, part in enumerate(self.parts):
-            for start in range(0, len(part), TILE_ROWS):
-                moved += self._tile(lane, slice(start, min(start + TILE_ROWS, len(part))), front, sums, counts)
-            objective += int(self._fixed(self.squared[lane]).sum())
-        changes = torch.cat([sums.flatten(), counts, torch.tensor([moved, objective], device=self.device)]).cpu().numpy()
-        changes = reduce_array(changes)
-        self.sums += changes[: self.sums.size].reshape(self.sums.shape)
-        self.counts += changes[self.sums.size : -2]
-        return Found(int(changes[-2]), float(np.ldexp(float(changes[-1]), -self.objective_exponent)))
+        front = _Front(Targets(centroids_KD, order), movement_K, movement_K[order])
+        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        moved = sum(self.workers.map(lambda tile: self._tile(*tile, front, sums, counts), self.tiles))
+        objective = sum(int(self._fixed(squared).sum()) for squared in self.squared)
+        changes = reduce_tensor(torch.cat([sums.flatten(), counts, torch.tensor([moved, objective], device=self.device)]))
+        self.sums += changes[: self.sums.numel()].view_as(self.sums)
+        self.counts += changes[self.sums.numel() : -2]
+        moved, objective = changes[-2:].tolist()
+        return Found(moved, math.ldexp(objective, -self.objective_exponent))
 
     def spreads(self) -> np.ndarray:
         """float64 [K]: the sum of squared distances inside each cluster, by the last search; a collective."""
-        totals = torch.zeros(len(self.counts), dtype=torch.int64, device=self.device)
+        totals = torch.zeros_like(self.counts)
         for labels, squared in zip(self.labels, self.squared, strict=True):
             totals.index_add_(0, labels.long(), self._fixed(squared))
-        return np.ldexp(reduce_array(totals.cpu().numpy()).astype(np.float64), -self.objective_exponent)
+        return np.ldexp(reduce_tensor(totals).cpu().numpy().astype(np.float64), -self.objective_exponent)
 
     def _fixed(self, squared: torch.Tensor) -> torch.Tensor:
         return (squared.double() * 2.0**self.objective_exponent).to(torch.int64)
@@ -88,24 +92,24 @@ class Sweeps:
         rows = _load(self.parts[lane], tile, chosen, self.device)
         before, bound = labels[chosen].long(), bounds[chosen]
         own = direct(rows, front.targets.centroids, before.clamp_min(0)).masked_fill_(before < 0, torch.inf)
-        bounds -= farthest
-        label, bound_now = before.clone(), bound - farthest
+        bounds.copy_(_lowered(bounds, farthest))
+        label, bound_now = before.clone(), _lowered(bound, farthest)
         needed = torch.searchsorted(-front.descending, self._outwards(own) - bound, right=True)  # how many moved at least as far as the slack
         needed[needed > len(front.descending) // 2] = len(front.descending)  # so that these rows' bounds are close again
         for block, number in _blocks(needed, BLOCK_ROWS[self.device.type]):
             label[block], own[block], bound_now[block] = self._block(rows.index_select(0, block), before[block], own[block], bound[block], number, front)
         labels[chosen], squared[chosen], bounds[chosen] = label.to(torch.int32), own, bound_now
         gone = (label != before).nonzero()[:, 0]
-        add_rows(sums, counts, rows.index_select(0, gone), label[gone], self.extent.exponent)
         known = gone[before[gone] >= 0]
-        add_rows(sums, counts, rows.index_select(0, known), before[known], self.extent.exponent, sign=-1)
+        with self.adding:
+            add_rows(sums, counts, rows.index_select(0, gone), label[gone], self.extent.exponent)
+            add_rows(sums, counts, rows.index_select(0, known), before[known], self.extent.exponent, sign=-1)
         return len(gone)
 
     def _block(
         self, rows: torch.Tensor, before: torch.Tensor, own: torch.Tensor, bound: torch.Tensor, number: int, front: "_Front"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(labels, squared distances, bounds) after rows were compared with the ``number`` centroids that moved farthest."""
-        self.pairs += len(rows) * number
         targets = front.targets.front(number)
         candidate, first, second, error = propose(rows, targets, self.module, self.distances)
         other = candidate != before
@@ -120,11 +124,17 @@ class Sweeps:
         others = torch.where(label == candidate, second, first) - error
         others = torch.where(label == before, others, torch.minimum(others, own))
         compared = others.clamp_min(0).sqrt() * (1 - self.slightly)
-        return label, squared, compared if number == len(front.descending) else torch.minimum(compared, bound - front.descending[number])
+        return label, squared, compared if number == len(front.descending) else torch.minimum(compared, _lowered(bound, front.descending[number]))
 
     def _outwards(self, squared: torch.Tensor) -> torch.Tensor:
         """Distances, not below the true ones, from squared ones."""
         return squared.sqrt() * (1 + self.slightly)
+
+
+def _lowered(bounds: torch.Tensor, movement: torch.Tensor) -> torch.Tensor:
+    """``bounds - movement``, rounded downwards: over many iterations rounding to the nearest would add up."""
+    lowered = bounds - movement
+    return lowered - 2 * UNIT * lowered.abs()
 
 
 @dataclass(frozen=True)
