@@ -7,6 +7,7 @@ import pytest
 
 from protoclip_scale.prototypes.back_translation import class_means, unit_rows
 from protoclip_scale.prototypes.diagnostics import imbalance, target_entropy
+from protoclip_scale.prototypes.fixed_point import extent_of
 
 
 def ang(*degrees: float) -> np.ndarray:
@@ -33,6 +34,7 @@ def test_class_means_are_those_of_a_slow_twin_however_rows_are_split():
     whole = class_means([rows], [labels], 300)
     np.testing.assert_allclose(whole, twin, atol=1e-6)
     order = rng.permutation(5000)
+    assert np.array_equal(class_means([rows], [labels], 300, extent_of([rows])), whole)
     shuffled = class_means(np.split(rows[order], [700, 2500]), np.split(labels[order], [700, 2500]), 300)
     assert np.array_equal(whole, shuffled), "a sum must not depend on the order of its terms"
 

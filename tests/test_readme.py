@@ -116,7 +116,10 @@ def test_data_lines(command, tmp_path, monkeypatch, capsys):
     code = runpy.run_path(str(script), run_name="tool")["main"](words[2:])
     assert not code, capsys.readouterr().err
     out = {"prepare_data.py": "data/mine/report.json", "inspect_data.py": "sheet.png"}.get(script.name)
-    assert (tmp_path / out).stat().st_size > 1000 if out else json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr().out
+    assert (tmp_path / out).stat().st_size > 1000 if out else said
+    if script.parent.name == "benchmarks":
+        assert json.loads(said.splitlines()[-1])
 
 
 def test_every_command_is_accounted_for():

@@ -38,7 +38,7 @@ def ours(rows: np.ndarray, rank: int, world: int, threads: int, settings: Protot
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     began = time.perf_counter()
-    class_means(parts, result.labels, settings.clusters)
+    class_means(parts, result.labels, settings.clusters, result.extent)
     return {
         "seconds": seconds,
         "cpu": cpu,

@@ -14,6 +14,7 @@ from protoclip_scale.engine.refresh import ClusterRows
 from protoclip_scale.objectives import Objective
 from protoclip_scale.prototypes import back_translation, diagnostics, kmeans, quality
 from protoclip_scale.prototypes.episode import EpisodePrototypes, RowLabels
+from protoclip_scale.prototypes.fixed_point import Extent
 from protoclip_scale.prototypes.kmeans import Iteration, KMeansResult
 
 STUDENTS = ("image", "text")
@@ -83,6 +84,7 @@ def cluster(
     centroids: dict[str, np.ndarray] = {}
     figures: dict[str, float] = {} if rows.found is None else {"records/found": rows.found}
     table: list[dict[str, Any]] = []
+    extents: dict[str, Extent] = {}
     searched = [name for name in wanted if name not in row_labels]
     for number, name in enumerate(searched):
         told = on_iteration(run, name, num_iterations(run, number))
@@ -90,7 +92,7 @@ def cluster(
             result = begun[name](rows.row_ids, told)
         else:
             result = kmeans.fit(rows.features[name], rows.positions, settings, seed_of(run, episode, name), told, warm.get(name))
-        labels[name], centroids[name] = result.labels, result.centroids
+        labels[name], centroids[name], extents[name] = result.labels, result.centroids, result.extent
         table += [{"labeling": name, **vars(line)} for line in result.history]
         figures |= {f"kmeans/{name}/objective": result.objective, f"kmeans/{name}/empty": result.empties, f"kmeans/{name}/imbalance": result.imbalance}
     for name in wanted:
@@ -101,7 +103,7 @@ def cluster(
         for teacher in wanted:
             if teacher != student:
                 event("cluster.translate")
-                prototypes[f"{student}_from_{teacher}"] = back_translation.class_means(rows.features[student], labels[teacher], settings.clusters)
+                prototypes[f"{student}_from_{teacher}"] = back_translation.class_means(rows.features[student], labels[teacher], settings.clusters, extents.get(student))
     if settings.normalize_centroids:
         prototypes = {name: back_translation.unit_rows(each) for name, each in prototypes.items()}
     for objective in objectives.values():

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protoclip_scale.prototypes.fixed_point import add_by_class, extent_of, means, reduce_array
+from protoclip_scale.prototypes.fixed_point import Extent, add_by_class, extent_of, means, reduce_array
 from protoclip_scale.prototypes.store import BLOCK_ROWS, let_pages_go
 
 
-def class_means(features: Sequence[np.ndarray], labels: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+def class_means(features: Sequence[np.ndarray], labels: Sequence[np.ndarray], num_classes: int, extent: Extent | None = None) -> np.ndarray:
     """C_k = mean of the student's features over the rows that the teacher put into cluster k; float32 [K, d].
 
     ``features``: [n_l, d] arrays, memory-mapped or not, of the rank's own lanes; ``labels``: their [n_l] teacher labels. Plain means, not
     normalised; an empty cluster is a zero row. A collective: the same on all ranks, bit for bit, for any number of them.
-    Costs two passes over the own features and one all-reduce of K x d int64.
+    ``extent``: of ``features``, where it is known. Costs a pass over the own features, two if it is not, and one all-reduce of K x d int64.
     """
     assert len(features) == len(labels) and all(len(part) == len(label) for part, label in zip(features, labels, strict=True))
-    exponent = extent_of(features).exponent
+    exponent = (extent or extent_of(features)).exponent
     sums = np.zeros((num_classes, features[0].shape[1]), dtype=np.int64)
     counts = np.zeros(num_classes, dtype=np.int64)
     for part, part_labels in zip(features, labels, strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from protoclip_scale.prototypes.assign import engine_module
 from protoclip_scale.prototypes.diagnostics import imbalance
-from protoclip_scale.prototypes.fixed_point import extent_of, mean_rows
+from protoclip_scale.prototypes.fixed_point import Extent, extent_of, mean_rows
 from protoclip_scale.prototypes.splitting import split_clusters
 from protoclip_scale.prototypes.starts import SAME_ROW, draw_starts
 from protoclip_scale.prototypes.sweeps import Sweeps
@@ -44,7 +44,7 @@ class KMeansResult:
 
     ``objective``: sum of squared distances to the nearest centroid; ``objectives``: of every restart; ``empties``: clusters without
     a row; ``imbalance``: K sum(n_k^2) / N^2, 1 if all clusters are of one size; ``iterations``: updates of the centroids made;
-    ``history``: the iterations of all restarts, each before its update.
+    ``history``: the iterations of all restarts, each before its update; ``extent``: of the rows.
     """
 
     centroids: np.ndarray
@@ -56,6 +56,7 @@ class KMeansResult:
     imbalance: float
     iterations: int
     history: tuple[Iteration, ...]
+    extent: Extent
 
 
 def fit(
@@ -103,6 +104,7 @@ def fit(
         imbalance=imbalance(counts),
         iterations=best.iterations,
         history=tuple(history),
+        extent=extent,
     )
 
 
