@@ -25,6 +25,7 @@ KILLS = {
         "evaluate.start:1",
         "extract.block:2",
         "cluster.iteration:3",
+        "cluster.translate:2",  # during back translation
         "cluster.labels:1",  # labels found, not yet published
         "train.forward:2",  # inside a step, the next episode being fetched
         "checkpoint.written:1",  # shards written, not yet renamed
