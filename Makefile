@@ -16,8 +16,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 demo: .venv/ready
 	@$(BIN)/accelerate launch --num_processes 1 launch/pretrain.py --recipe recipes/demo.yaml --expect-ranks 1
 
+# In two processes, a test file at a time: most tests use one core.
 test: .venv/ready
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: .venv/ready
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -183,7 +183,7 @@ class Check:
             (name, existing, _), parts = places[0], {part: number for _, _, needed in places for part, number in needed.items()}
             free = shutil.disk_usage(existing).free
             if parts:
-                self.table("Disk", [*((f"{part}, all lanes", size_text(number)) for part, number in parts.items()), (f"free at {existing}", size_text(free))])
+                self.table("Disk", [*((f"{part}, all lanes", size_text(number)) for part, number in parts.items()), ("free", f"{size_text(free)} at {existing}")])
             if sum(parts.values()) > free:
                 self.problems.append(f"{name}: {' and '.join(parts)} need {size_text(sum(parts.values()))}, {size_text(free)} are free; name another disk, or lower data.plan.episode_size")
 
