@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from protoclip_scale.errors import UserError
+from protoclip_scale.redact import redact_errors
 
 RECIPE = "recipe"
 
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 the user's error, in one line."""
+    redact_errors()
     try:
         run(parse(arguments))
     except UserError as error:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from protoclip_scale.engine.saved_model import load_model  # noqa: E402
 from protoclip_scale.errors import UserError  # noqa: E402
 from protoclip_scale.export.open_clip_layout import export_open_clip  # noqa: E402
+from protoclip_scale.redact import redact_errors  # noqa: E402
 
 LAYOUTS: dict[str, Callable[..., Path]] = {"open_clip": export_open_clip}
 
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--layout", default="open_clip", choices=sorted(LAYOUTS), help="who shall load it")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or not exist")
     arguments = parser.parse_args()
+    redact_errors()
     try:
         recipe, model = load_model(arguments.run, arguments.checkpoint)
         folder = LAYOUTS[arguments.layout](model, recipe, arguments.out)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from protoclip_scale import standing
 from protoclip_scale.errors import UserError
 
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)  # None is that of all ranks
@@ -37,6 +38,12 @@ def within(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     finally:
         _group.reset(token)
+
+
+def is_about_other_ranks(error: BaseException) -> bool:
+    """Whether an error says that a collective failed, here or in a library: another rank is then gone, late or out of reach. Gloo raises plain RuntimeErrors."""
+    texts = ("gloo", "NCCL", "pair closure", "Connection reset by peer", "Connection closed by peer", "Broken pipe", "process group")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 
 
 def backend() -> str | None:
@@ -159,13 +166,15 @@ def from_rank_zero_patiently(work: Callable[[], Any], meanwhile: Callable[[], No
     if thread:
         thread.start()
     pause = 0.01
-    while any_rank(thread is not None and thread.is_alive()):
-        meanwhile()
-        if thread:
-            thread.join(pause)
-        else:
-            time.sleep(pause)
-        pause = min(2 * pause, 1.0)
+    with standing.polling():
+        while any_rank(works := thread is not None and thread.is_alive()):
+            standing.HERE.waits = not works
+            meanwhile()
+            if thread:
+                thread.join(pause)
+            else:
+                time.sleep(pause)
+            pause = min(2 * pause, 1.0)
     return from_rank_zero(lambda: outcome[0]())
 
 

@@ -11,6 +11,10 @@ class UserError(ValueError):
     told = False
 
 
+class LostRank(UserError):
+    """Another rank has failed, is gone or does not answer: the line names it, on every rank that is left."""
+
+
 STOPPED_EXIT_CODE = 75
 
 

@@ -29,3 +29,11 @@ def publish_text(path: Path, text: str) -> None:
 
 def publish_json(path: Path, value: Any) -> None:
     publish_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def overwrite_json(path: Path, value: Any) -> None:
+    """Write into a file that exists, in place: for a disk that has no room for another one. A kill in between leaves a torn file."""
+    data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()

@@ -42,6 +42,36 @@ TINY = (
 )
 TINY_PROTOTYPES = (*TINY, "prototypes.clusters=16", "prototypes.iterations=3", "prototypes.pictures=0")
 
+
+def _group_of(ranks: int) -> dict[str, str]:
+    """Sharded strategies want a group for one process, too; several get theirs from ``_run``."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return alone if ranks == 1 else {}
+
+
+def fsdp2_environment(ranks: int) -> dict[str, str]:
+    """What accelerate sets in the processes of launch/accelerate/fsdp2.yaml."""
+    return _group_of(ranks) | {
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_USE_CPU": "false",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    }
+
+
+def zero_environment(stage: int, ranks: int) -> dict[str, str]:
+    """What accelerate sets in the processes of launch/accelerate/cpu_zero1.yaml, 2 or 3."""
+    return _group_of(ranks) | {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_USE_CPU": "false",
+    }
+
+
 ENDED_BY_US = -1000  # a rank that was still running when another had died
 
 # Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
@@ -68,11 +98,11 @@ def final_tensors(run_dir: Path, step: str = "latest") -> dict[str, torch.Tensor
     return checkpoint.read_tensors(folder, manifest)
 
 
-def launch(*arguments: str | Path, ranks: int = 1, script: str = "launch/pretrain.py", timeout: int = 280) -> subprocess.CompletedProcess:
-    """Run a launch script as its users do, through accelerate; the finished process with its output as text."""
+def launch(*arguments: str | Path, ranks: int = 1, script: str = "launch/pretrain.py", timeout: int = 280, config: str = "cpu") -> subprocess.CompletedProcess:
+    """Run a launch script as its users do, through accelerate; the finished process with its output as text. ``config``: of several ranks."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if ranks > 1:
-        command += ["--config_file", "launch/accelerate/cpu.yaml", "--num_processes", str(ranks), "--main_process_port", str(_free_port())]
+        command += ["--config_file", f"launch/accelerate/{config}.yaml", "--num_processes", str(ranks), "--main_process_port", str(_free_port())]
     return subprocess.run([*command, script, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -84,21 +114,23 @@ def pretrain(
     ranks: int = 1,
     env: dict[str, str] | None = None,
     small_disk: tuple[Path, int] | None = None,
+    patience: float = 1,
 ) -> list[int]:
-    """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed the others are.
+    """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed or fails the others are killed, after
+    ``patience`` seconds.
 
-    ``small_disk``: a folder that is a file system of its own for them, of so many bytes, and empty.
+    ``small_disk``: a folder that is a file system of its own for each of them, of so many bytes, and empty.
     """
     command = ["--recipe", str(RECIPES / recipe), "--run-dir", str(run_dir), *overrides(values), *arguments]
     logs = [str(run_dir.parent / f"{run_dir.name}-rank{rank}.log") for rank in range(ranks)]
-    return _run(_pretrain, ranks, env or {}, [(log, command, small_disk) for log in logs])
+    return _run(_pretrain, ranks, env or {}, [(log, command, small_disk) for log in logs], patience=patience)
 
 
-def spawn(function: Callable, world: int, *arguments) -> list:
+def spawn(function: Callable, world: int, *arguments, env: dict[str, str] | None = None) -> list:
     """``function(rank, world, *arguments)`` in ``world`` processes that can join over gloo; what each returned (tensors and plain values)."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.pt" for rank in range(world)]
-        codes = _run(_call, world, {}, [(str(path), function, rank, world, arguments) for rank, path in enumerate(results)])
+        codes = _run(_call, world, env or {}, [(str(path), function, rank, world, arguments) for rank, path in enumerate(results)])
         problems = [path.with_suffix(".txt").read_text() for path in results if path.with_suffix(".txt").exists()]
         assert codes == [0] * world, "\n".join(problems)
         return [torch.load(path, weights_only=True) for path in results]
@@ -110,7 +142,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tuple], seconds: float = 240) -> list[int]:
+def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tuple], seconds: float = 240, patience: float = 1) -> list[int]:
     """Exit codes of ``target(*arguments[rank])`` in one process per rank, joined as a launcher joins them."""
     if ranks > 1:
         env = env | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -118,12 +150,14 @@ def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tupl
     workers = [_PROCESSES.Process(target=_enter, args=(places[rank], target, arguments[rank])) for rank in range(ranks)]
     for worker in workers:
         worker.start()
-    deadline = time.monotonic() + seconds
+    deadline, failed_at = time.monotonic() + seconds, None
     while any(worker.is_alive() for worker in workers):
-        assert time.monotonic() < deadline, "the processes hang"
+        now = time.monotonic()
+        assert now < deadline, "the processes hang"
         if any(worker.exitcode not in (None, 0, 75) for worker in workers):
-            time.sleep(1)  # the others may be about to say why, too
-            break
+            failed_at = failed_at or now
+            if now - failed_at > patience:  # the others may be about to say why, too
+                break
         time.sleep(0.02)
     codes = [worker.exitcode if worker.exitcode is not None else ENDED_BY_US for worker in workers]
     for worker in workers:

@@ -96,7 +96,7 @@ def test_a_server_that_goes_down_for_good_ends_the_run_which_goes_on_when_it_is_
     run, short = tmp_path / "run", settings(server.url, retry_seconds=1)
     server.faults(down_from=requests_of(2, tmp_path / "count") + 3)
     patient = settings(server.url, retry_seconds=3600)  # a run that waited would be killed by the test's own limit
-    assert pretrain(run, RECIPE, patient, env=cache | {"PROTOCLIP_STOP_AT": "train.step:7"}) == [75]
+    assert pretrain(run, RECIPE, patient, env=cache | {"PROTOCLIP_STOP_AT": "train.step:6"}) == [75]
     assert pretrain(run, RECIPE, short, env=cache) == [1]
     check_told(run, server.url, ".parquet", "503", "data.retry_seconds")
     assert [folder.name for folder in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000007"]

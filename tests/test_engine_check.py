@@ -110,9 +110,21 @@ def test_memory_follows_ranks_and_clusters():
     one, two = (cost.memory_per_rank(counted, recipe, objectives, world) for world in (1, 2))
     assert one["parameters"] == two["parameters"] == 4 * counted.num_parameters
     assert one["AdamW moments"] == 8 * counted.num_parameters
-    assert one["loss tiles"] == 2 * two["loss tiles"] == 4 * (2 * 2 * 64 * 64 + 2 * 64 * 16 + 2 * 64 * 16)  # logits with gradients; a tile of K = 16, twice; two gradients of P = 16
+    for world, found in ((1, one), (2, two)):  # B x N logits with softmax, gradients of rows and columns; a tile of K = 16, twice, two gradients of P = 16
+        rows = 64 // world
+        assert found["loss tiles"] == 4 * (2 * rows * 64 + 2 * (rows + 64) * 32 + 2 * rows * 16 + 2 * rows * 16)
     assert one["prototypes"] == 4 * 6 * 16 * 16  # K x P: both centroids, both translations, what both targets expect
     assert abs(one["activations (estimate)"] - 2 * two["activations (estimate)"]) <= 64
+
+
+def test_micro_batches_cost_a_forward_pass_and_save_activations():
+    recipe, objectives, _, counted = model_cost()
+    cut = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"microbatch": 16})})
+    for world, times in ((1, 4), (2, 2), (4, 1)):
+        memory, whole = (cost.memory_per_rank(counted, each, objectives, world)["activations (estimate)"] for each in (cut, recipe))
+        assert abs(whole - times * memory) <= 64
+        flops, before = (cost.flops_per_sample(counted, each, objectives, world) for each in (cut, recipe))
+        assert sum(flops.values()) - sum(before.values()) == (counted.forward_flops if times > 1 else 0)
 
 
 def test_feature_bytes_are_those_of_a_store(tmp_path):

@@ -13,9 +13,8 @@ from protoclip_scale.data.tokenizers import ClipTokenizer
 from protoclip_scale.data.transforms import eval_transform
 from protoclip_scale.engine import encoding
 from protoclip_scale.engine.encoding import FEATURES, Encoder, batches_together, blocks
-from protoclip_scale.engine.strategy import Precision
+from protoclip_scale.models import text
 from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.models.text import TextTower
 from tests.support import CORPUS
 from tests.test_models_dual_encoder import SETTINGS
 
@@ -43,7 +42,7 @@ def strategy(batches):
     for batch in batches:
         model(batch.images, batch.token_ids, batch.token_lengths, wants=frozenset(FEATURES.values()))
     device = torch.device("cpu")
-    return SimpleNamespace(bare_model=model.eval(), device=device, precision=Precision("fp32", device))
+    return SimpleNamespace(bare_model=model.eval(), device=device, whole=True)
 
 
 def slow_twin(strategy, batches: list[Batch]) -> dict[str, np.ndarray]:
@@ -63,8 +62,8 @@ def slow_twin(strategy, batches: list[Batch]) -> dict[str, np.ndarray]:
 def small_pieces(monkeypatch):
     """So that these few rows are cut as an episode is: unequal pieces of images, several of captions, a last block that is shorter."""
     monkeypatch.setattr(encoding, "BLOCK_ROWS", 40)
-    monkeypatch.setattr(encoding, "IMAGES_TOGETHER", 24)
-    monkeypatch.setattr(encoding, "CAPTIONS_TOGETHER", 8)
+    monkeypatch.setattr(encoding, "ROWS_TOGETHER", 24)
+    monkeypatch.setattr(text, "BUCKET_ROWS", {"cpu": 4})
 
 
 def test_every_row_gets_its_own_features(batches, strategy, small_pieces):
@@ -79,17 +78,12 @@ def test_every_row_gets_its_own_features(batches, strategy, small_pieces):
         np.testing.assert_allclose(found, expected[column], rtol=0, atol=1e-5)
 
 
-def test_padding_is_not_computed(batches, strategy, small_pieces, monkeypatch):
-    """Token columns that the text tower computes: with captions sorted, hardly more than captions have tokens."""
-    computed, whole = [], TextTower.forward
-
-    def counted(self, token_ids, lengths, *rest):
-        output = whole(self, token_ids, lengths, *rest)
-        computed.append(output.tokens.shape[0] * output.tokens.shape[1])
-        return output
-
+def test_padding_is_not_computed(batches, strategy, small_pieces):
+    """Tokens that the text tower computes: with captions sorted, hardly more than captions have tokens."""
+    computed: list[int] = []
     encoder = Encoder(strategy, batches[0])
-    monkeypatch.setattr(TextTower, "forward", counted)
+    layers = encoder.model.text_tower.encoder.encoder
+    layers.register_forward_pre_hook(lambda _, inputs, named: computed.append(named["inputs_embeds"].shape[:2].numel()), with_kwargs=True)
     for block in blocks(batches, batches_together(BATCH)):
         encoder(block)
     tokens = sum(int(batch.token_lengths.sum()) for batch in batches)

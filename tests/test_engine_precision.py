@@ -7,37 +7,55 @@ from accelerate import Accelerator
 from torch import nn
 
 from protoclip_scale.engine import command
-from protoclip_scale.engine.strategy import Precision, Strategy
+from protoclip_scale.engine.strategy import LossScale, Precision, make_strategy
 from protoclip_scale.errors import UserError
+from protoclip_scale.recipe.schema import Optim
 from tests.support import RECIPES, TINY, metrics, overrides
 
 
-def scaled_strategy(model: nn.Module) -> Strategy:
+def scaled_strategy(model: nn.Module, lr: float):
     """A strategy with fp16's loss scaling, on the CPU, where recipes may not ask for it: the logic is the same."""
-    strategy = Strategy(Accelerator(cpu=True), Precision("fp32", torch.device("cpu")))
-    strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    precision = Precision("fp32", torch.device("cpu"))
+    precision.scale = LossScale()
+    strategy = make_strategy(Accelerator(cpu=True), precision)
+    names = [name for name, _ in model.named_parameters()]
+    strategy.prepare(model, [{"params": list(model.parameters()), "names": names, "side": "other", "weight_decay": 0.0}], Optim(lr=lr, eps=1e-12))
     return strategy
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
     model = nn.Linear(3, 1)
-    strategy = scaled_strategy(model)
+    strategy = scaled_strategy(model, lr=0.1)
     before = model.weight.detach().clone()
     strategy.backward(model(torch.full((2, 3), 1e36)).sum())  # times 2^16 is more than fp32 holds
-    strategy.clip(1.0)
-    assert not strategy.step()
-    assert torch.equal(model.weight, before) and strategy.precision.scaler.get_scale() == 2.0**15
-    strategy.optimizer.zero_grad()
+    update = strategy.update()
+    assert not update.taken and not np.isfinite(update.norm)
+    assert torch.equal(model.weight, before) and strategy.precision.scale.value == 2.0**15
     strategy.backward(model(torch.ones(2, 3)).sum())
-    norm = strategy.clip(None)
-    assert norm.item() == pytest.approx(16**0.5, rel=1e-5)  # gradients are unscaled: three weights of 2 and a bias of 2
-    assert strategy.step()
-    assert torch.allclose(model.weight, before - 0.2)
+    update = strategy.update()
+    assert update.taken and update.norm == pytest.approx(16**0.5, rel=1e-5)  # gradients are unscaled: three weights of 2 and a bias of 2
+    assert torch.allclose(model.weight, before - 0.1)  # AdamW's first step
+    assert strategy.optimizer.state[model.weight]["exp_avg"].max().item() == pytest.approx(0.2)  # a tenth of the unscaled gradient
     other = Precision("fp32", torch.device("cpu"))
-    other.scaler = torch.amp.GradScaler("cpu")
+    other.scale = LossScale()
     other.load(strategy.precision.state())
-    assert other.scaler.get_scale() == 2.0**15
+    assert other.scale.value == 2.0**15 and other.scale.good_steps == 1
+
+
+def test_the_scale_follows_torchs_own(monkeypatch):
+    monkeypatch.setattr(LossScale, "INTERVAL", 20)
+    ours, theirs = LossScale(), torch.amp.GradScaler("cpu", init_scale=LossScale.START, growth_interval=LossScale.INTERVAL)
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for step in range(2 * LossScale.INTERVAL + 10):
+        overflows = step in (3, 5, LossScale.INTERVAL + 7)
+        weight.grad = torch.full((1,), float("inf") if overflows else 1.0)
+        theirs.scale(torch.zeros(1))  # makes its state
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(overflows)
+        assert (ours.value, ours.good_steps) == (theirs.get_scale(), theirs.state_dict()["_growth_tracker"])
+    assert ours.value == LossScale.START / 2  # halved three times, doubled twice
 
 
 def test_fp16_is_refused_on_a_cpu():

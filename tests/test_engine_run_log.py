@@ -101,7 +101,11 @@ def test_other_ranks_write_nothing_but_a_failure_only_they_saw(tmp_path):
     log.write_environment()
     assert log.discard_after(0) == 0 and os.listdir(tmp_path) == []
     log.write_status("failed", 1, "out of memory on rank 3", any_rank=True)
-    assert os.listdir(tmp_path) == ["status.json"]
+    assert os.listdir(tmp_path) == []  # this is no folder of the attempt's: a machine that does not share it
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "0001").write_text("{}")
+    log.write_status("failed", 1, "out of memory on rank 3", any_rank=True)
+    assert sorted(os.listdir(tmp_path)) == ["attempts", "status.json"]
 
 
 def test_environment_names_versions_and_hardware_and_no_secret(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def run_dir(tmp_path_factory, recipe):
         weights = build_model(recipe, frozenset({"image", "text", "logit_scale"}), seed=step).state_dict()
         tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
         about = checkpoint.describe(checkpoint.Cursor(0, "train", 0, step), samples=0, attempt=1)
-        checkpoint.save(checkpoint.folder_of(folder, step), tensors, about, lambda: None)
+        checkpoint.save(checkpoint.folder_of(folder, step), checkpoint.replicated_pieces(tensors), about, lambda: None)
     return folder
 
 

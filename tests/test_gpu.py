@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import TINY_PROTOTYPES, metrics, output, pretrain
+from tests.support import TINY_PROTOTYPES, fsdp2_environment, metrics, output, pretrain, zero_environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -22,6 +22,22 @@ def test_a_run_on_a_gpu(tmp_path, on_cpu, precision, tolerance):
     assert "device         cuda" in output(tmp_path / "run")
     found = [line["loss/clip"] for line in metrics(tmp_path / "run", "train")]
     assert np.allclose(found, on_cpu, rtol=tolerance)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("fp16", 0.05)])
+def test_sharded_strategies_on_gpus(tmp_path, on_cpu, ranks, strategy, precision, tolerance):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    env = fsdp2_environment(ranks) if strategy == "fsdp2" else zero_environment(int(strategy[-1]), ranks)
+    folder, settings = tmp_path / "run", (*TINY_PROTOTYPES, f"optim.precision={precision}")
+    assert pretrain(folder, "demo.yaml", settings, ranks=ranks, env=env) == [0] * ranks, output(folder)
+    found = [line["loss/clip"] for line in metrics(folder, "train")]
+    assert np.allclose(found, on_cpu, rtol=tolerance)
+    more = (*(each for each in settings if not each.startswith("schedule.total")), "schedule.total=4 episodes")
+    assert pretrain(folder, "demo.yaml", more, "--extend", ranks=ranks, env={"ACCELERATE_USE_CPU": "false"}) == [0] * ranks, output(folder)  # on under DDP
+    assert len(metrics(folder, "train")) == len(found) * 4 // 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

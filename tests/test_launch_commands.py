@@ -43,14 +43,15 @@ def yfcc_shards(tmp_path_factory):
     return folder
 
 
-def test_the_first_line_users_type(yfcc_shards, tmp_path):
-    done = launch("--recipe", "recipes/yfcc15m.yaml", *overrides((f"data.root={yfcc_shards}", *SMALL_YFCC)), "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize(("config", "ranks"), [("single", 1), *(pytest.param(config, 2, marks=pytest.mark.slow) for config in ("cpu", "cpu_zero2", "cpu_zero3"))])
+def test_the_first_line_users_type(yfcc_shards, tmp_path, config, ranks):
+    done = launch("--recipe", "recipes/yfcc15m.yaml", *overrides((f"data.root={yfcc_shards}", *SMALL_YFCC)), "--run-dir", tmp_path / "run", ranks=ranks, config=config)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = metrics(tmp_path / "run", "train")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert {"loss/clip", "loss/prototype", "loss/teacher"} <= lines[-1].keys() and "loss/prototype" not in lines[0]
-    assert "1 rank on 1 host" in done.stdout and "what came out" in done.stdout
+    assert f"{ranks} rank{'s' * (ranks > 1)} on 1 host" in done.stdout and "what came out" in done.stdout
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ RUN_ELSEWHERE = {
     "make demo": "the demo itself: minutes; run before every release",
     "make test": "this very run",
     "accelerate launch launch/pretrain.py --recipe recipes/yfcc15m.yaml --set data.root=DATA": "tests/test_launch_commands.py",
+    "sbatch launch/slurm/pretrain.sbatch recipes/yfcc15m.yaml": "tests/test_slurm_cluster.py",
+    "python launch/slurm/submit.py recipes/yfcc15m.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00": "tests/test_slurm_scripts.py",
     "python tools/gather_images.py --list conceptual_captions --out data/cc3m Train_GCC-training.tsv": "3 million downloads; tests/test_preparation_gather.py has a server",
     "python tools/extract_teacher.py --recipe recipes/yfcc15m.yaml --set data.root=DATA --model minilm --caption first --dim 64 --out DATA/teacher": "tests/test_launch_commands.py",
 }
@@ -49,6 +51,8 @@ def test_the_list_of_exceptions_is_true():
     assert set(RUN_ELSEWHERE) <= set(COMMANDS)
     elsewhere = (ROOT / "tests/test_launch_commands.py").read_text()
     assert "recipes/yfcc15m.yaml" in elsewhere and "tools/extract_teacher.py" in elsewhere
+    assert '"launch/slurm/pretrain.sbatch", "recipes/yfcc15m.yaml"' in (ROOT / "tests/test_slurm_cluster.py").read_text()
+    assert '"recipes/yfcc15m.yaml", "--nodes"' in (ROOT / "tests/test_slurm_scripts.py").read_text()
     assert "conceptual_captions" in (ROOT / "tests/test_preparation_gather.py").read_text()
 
 

@@ -21,6 +21,13 @@ schedule: {total: 5 episodes, warmup_steps: 2}
 CASES = {
     "clusters": (["prototypes.clusters=65"], ["prototypes.clusters 65", "larger than an episode", "data.plan.episode_size 64", "at most 64"], ["prototypes.clusters=64"]),
     "clusters of a rounded episode": (["data.plan.episode_size=79", "prototypes.clusters=70"], ["79 is 64 rows in whole batches"], ["prototypes.clusters=64"]),
+    "uncut batches": (["run.allow_batchnorm_microbatches=true"], ["run.allow_batchnorm_microbatches true has no effect", "optim.microbatch null"], ["optim.microbatch=4"]),
+    "all kept": (["run.keep_every_steps=4"], ["run.keep_every_steps 4 has no effect", "run.keep_checkpoints 0"], ["run.keep_checkpoints=1"]),
+    "steps never saved": (
+        ["run.keep_checkpoints=1", "run.keep_every_steps=6", "run.checkpoint_steps=4"],
+        ["run.keep_every_steps 6", "run.checkpoint_steps 4", "4 steps of an episode"],
+        ["run.checkpoint_steps=3"],
+    ),
     "no clustering": (["prototypes=null"], ["objectives.prototype needs clusters", "prototypes is missing", "add a section prototypes"], ["prototypes={clusters: 6}"]),
     "idle clustering": (["objectives.prototype.weight=0"], ["prototypes.clusters 8 has no effect", "objectives", "set prototypes to null"], ["prototypes=null"]),
     "nothing trains": (["objectives.clip.weight=0", "objectives.prototype.weight=0"], ["objectives", "all weights are 0"], ["objectives.clip.weight=1", "prototypes=null"]),

@@ -14,7 +14,7 @@ PROMISED = {
     "demo", "demo_clip", "demo_protoclip",
     "cc3m_clip", "cc3m_clip_published", "cc3m_protoclip", "cc3m_protoclip_teacher",
     "cc3m_clip_8gpu", "cc3m_clip_published_8gpu", "cc3m_protoclip_8gpu", "cc3m_protoclip_teacher_8gpu",
-    "yfcc15m", "yfcc15m_clip", "yfcc15m_protoclip",
+    "yfcc15m", "yfcc15m_clip", "yfcc15m_protoclip", "yfcc15m_clip_32k",
     "demo_teacher_online", "cc3m_teacher_online", "yfcc15m_teacher_online", "demo_image_teacher",
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from protoclip_scale.errors import UserError  # noqa: E402
 from protoclip_scale.recipe.load import load_recipe  # noqa: E402
+from protoclip_scale.redact import redact_errors  # noqa: E402
 
 TEXT, IMAGE, EXTRACTION = ("caption", "tokens", "variant"), ("weights",), ("dim", "pca_rows", "dtype")
 DEFAULTS = {"caption": "first", "tokens": 77, "variant": "paper", "weights": None, "dim": 64, "pca_rows": 262_144, "dtype": "float16"}
@@ -120,6 +121,7 @@ def import_features(options: argparse.Namespace, readers):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 the user's error, in one line, 130 stopped from the keyboard."""
+    redact_errors()
     try:
         run(parse(arguments))
     except UserError as error:

@@ -23,6 +23,7 @@ from protoclip_scale.preparation.images import ENCODERS, ImageSettings  # noqa: 
 from protoclip_scale.preparation.lists import LAYOUTS, TEXTS, ListOptions  # noqa: E402
 from protoclip_scale.preparation.pair_list import ListSettings  # noqa: E402
 from protoclip_scale.preparation.pool import available_cores  # noqa: E402
+from protoclip_scale.redact import redact_errors  # noqa: E402
 from protoclip_scale.report.terminal import Lines, Terminal  # noqa: E402
 
 SMALLEST = {"retries": 0, "redirects": 0, "workers": 0, "backoff": 0, "timeout": 0.001} | dict.fromkeys(
@@ -159,6 +160,7 @@ def settings_of(options: argparse.Namespace) -> GatherSettings:
 
 def main(arguments: list[str] | None = None) -> int:
     lines = Lines(Terminal())
+    redact_errors()
     try:
         settings = settings_of(parser().parse_args(arguments))
         report = write_report(gather(settings, lines.line))

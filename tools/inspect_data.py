@@ -28,6 +28,7 @@ from protoclip_scale.preparation.inspect_rows import Inspection, Look, inspect  
 from protoclip_scale.preparation.inspect_sheet import draw_sheet  # noqa: E402
 from protoclip_scale.preparation.source_options import add_source_options, check_source_options, refuse_unused, resolve  # noqa: E402
 from protoclip_scale.recipe import schema  # noqa: E402
+from protoclip_scale.redact import redact_errors  # noqa: E402
 
 SHEETS = {".png": lambda path, inspection, title: draw_sheet(path, inspection), ".html": write_page}
 DEFAULTS = Look()
@@ -70,6 +71,7 @@ def write_sheet(path: Path, inspection: Inspection, title: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
+    redact_errors()
     try:
         arguments = parse_arguments(argv)
         recipe, data = resolve(arguments)

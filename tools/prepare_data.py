@@ -29,6 +29,7 @@ from protoclip_scale.preparation.prepare import prepare  # noqa: E402
 from protoclip_scale.preparation.report import leakage_lines, report_table, summary_line  # noqa: E402
 from protoclip_scale.preparation.source_options import add_source_options, check_source_options, common_root, pick, refuse_unused, resolve  # noqa: E402
 from protoclip_scale.recipe import schema  # noqa: E402
+from protoclip_scale.redact import redact_errors  # noqa: E402
 
 DEFAULTS = asked.Settings()
 DATA = {name: field.default for name, field in schema.Data.model_fields.items()}
@@ -75,6 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
+    redact_errors()
     try:
         arguments = parse_arguments(argv)
         _, data = resolve(arguments, common_root(arguments))

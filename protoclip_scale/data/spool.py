@@ -19,6 +19,7 @@ from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
 
+SCHEMA = "1"  # of a lane's file; those of others are written anew
 ROWS_PER_BATCH = 256  # bounds the memory of a write; offsets stay far below 2 GB
 LANE_FIELDS = (pa.field("image", pa.large_binary()), pa.field("captions", pa.list_(pa.string())), pa.field("row_id", pa.int64()))
 
@@ -98,7 +99,7 @@ class Spool:
         return self.folder / f"episode-{episode:06d}" / f"lane-{lane:05d}.arrow"
 
     def _metadata(self, episode_plan: EpisodePlan, lane: int) -> dict[str, str]:
-        return {"plan": episode_plan.fingerprint, "run_id": self.run_id, "episode": str(episode_plan.number), "lane": str(lane)}
+        return {"schema": SCHEMA, "plan": episode_plan.fingerprint, "run_id": self.run_id, "episode": str(episode_plan.number), "lane": str(lane)}
 
     def is_complete(self, episode_plan: EpisodePlan, lane: int) -> bool:
         """Whether the lane lies there, whole and of this run and plan."""

@@ -23,6 +23,8 @@ from protoclip_scale.data.spool import lane_bytes, lane_schema
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.engine import cost, refresh
+from protoclip_scale.engine.microbatches import refuse_batch_norm
+from protoclip_scale.engine.restore import ask_once, copies_of
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.sets import load_set
@@ -32,6 +34,7 @@ from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe, dump
+from protoclip_scale.redact import redact_text
 
 IMAGES_LOOKED_AT = 32  # of each source
 T = TypeVar("T")
@@ -64,7 +67,7 @@ class Check:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(redact_text(cell)) for cell in row))
         self.tables.append(table)
 
     def data(self) -> None:
@@ -133,6 +136,8 @@ class Check:
         objectives = {name: each for name, each in build_objectives(recipe).items() if each.settings.weight > 0}
         features = frozenset({"image", "text"}).union(*(each.needs for each in objectives.values()))
         model = self.attempt(lambda: build_model(recipe, features, recipe.run.seed, fresh=False))
+        if model:
+            self.attempt(lambda: refuse_batch_norm(model, recipe, self.world))
         teacher_dim = self._teacher_dim()
         if self.plan and recipe.prototypes:
             self.needed_bytes["features"] = cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
@@ -142,7 +147,7 @@ class Check:
         self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]
         counted = cost.measure(model, recipe)
         self.table("Parameters", [(part, f"{number:,}") for part, number in counted.parameters.items()] + [("all", f"{counted.num_parameters:,}")])
-        flops = cost.flops_per_sample(counted, recipe, objectives)
+        flops = cost.flops_per_sample(counted, recipe, objectives, self.world)
         self.table("FLOPs per sample", [(part, f"{number:.3g}") for part, number in flops.items()] + [("all", f"{sum(flops.values()):.3g}")])
         memory = cost.memory_per_rank(counted, recipe, objectives, self.world)
         self.table("Memory per rank under DDP", [(part, size_text(number)) for part, number in memory.items()] + [("all (estimate)", size_text(sum(memory.values())))])
@@ -206,6 +211,10 @@ class Check:
             self.remarks.append("optim.precision fp16 needs a GPU, and this machine shows none; bf16 and fp32 train on a CPU")
         if recipe.prototypes and recipe.prototypes.engine == "faiss" and importlib.util.find_spec("faiss") is None:
             self.problems.append("prototypes.engine faiss: faiss is not installed; install faiss-cpu or faiss-gpu, or set prototypes.engine to torch")
+        if copies := self.attempt(lambda: copies_of(recipe)):
+            self.remarks += ask_once(copies)[1]
+            if self.plan and refresh.looks_back(recipe, self.plan):
+                self.remarks.append("run.copy_to takes no recorded features along: with this prototypes.refresh a run cannot go on from the copies alone")
         start = recipe.model.init_from
         if start is not None and not start.startswith("open_clip:") and not Path(start).exists():
             self.problems.append(f"model.init_from {start}: there is no such folder; name a run, an export, a transformers CLIP, or open_clip:NAME/TAG")
@@ -224,9 +233,9 @@ def run_check(recipe: Recipe, world: int) -> int:
         console.print(table)
         console.print()
     for remark in check.remarks:
-        console.print(f"[yellow]note[/yellow] {escape(remark)}")
+        console.print(f"[yellow]note[/yellow] {escape(redact_text(remark))}")
     for problem in check.problems:
-        console.print(f"[red]problem[/red] {escape(problem)}")
+        console.print(f"[red]problem[/red] {escape(redact_text(problem))}")
     found = len(check.problems)
     console.print(f"{found or 'no'} problem{'' if found == 1 else 's'} found")
     return found

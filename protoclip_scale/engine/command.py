@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from protoclip_scale.errors import STOPPED_EXIT_CODE, Stopped, UserError
+from protoclip_scale.errors import STOPPED_EXIT_CODE, LostRank, Stopped, UserError
 from protoclip_scale.recipe import Recipe, load_recipe
 from protoclip_scale.recipe.describe import help_text
+from protoclip_scale.redact import redact_errors, stars_in
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -22,6 +23,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--extend", action="store_true", help="let schedule.total differ from the run that is resumed")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="fail unless exactly N ranks run")
     parser.add_argument("--check", action="store_true", help="train nothing; print what would be run and every problem found")
+    parser.add_argument("--fetch", action="store_true", help="with --check: first cache the models and tokenizers that the recipe names, so that jobs need no network")
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the keys of a recipe's section")
     options = parser.parse_args(arguments)
     if options.help is not None:
@@ -41,20 +43,34 @@ def run_directory(recipe: Recipe, chosen: str | None) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code: 0 done, 1 the user's error (one line), 75 stopped by a signal after a checkpoint was saved."""
+    redact_errors()
     folder: Path | None = None
     try:
         options = parse(arguments)
         recipe = load_recipe(options.recipe, options.set)
+        if options.fetch and not options.check:
+            raise UserError("--fetch has no effect without --check; add it, on a machine with a network")
+        if options.fetch:
+            from protoclip_scale.engine.prefetch import fetch
+
+            fetch(recipe)
         if options.check:
             from protoclip_scale.engine.check import run_check
 
             if options.run_dir:
                 recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": options.run_dir})})
             return 1 if run_check(recipe, options.expect_ranks or int(os.environ.get("WORLD_SIZE", "1"))) else 0
+        if key := stars_in(recipe):
+            raise UserError(f"{options.recipe}: {key} holds ***, which stands for a secret that was not written down; give the value again, with --set {key}=...")
         folder = run_directory(recipe, options.run_dir)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is told with pages of C++ frames
         from protoclip_scale.engine.run import pretrain  # torch and its libraries load only now: a typing mistake is told at once
 
         return pretrain(recipe, folder, options)
+    except LostRank as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # taking the process group down would wait for the rank that is lost
     except UserError as error:
         return _tell(str(error), folder if error.told else None)
     except Stopped:
@@ -68,7 +84,7 @@ def _tell(message: str, folder: Path | None) -> int:
     if rank:
         time.sleep(1)
         status = folder / "status.json" if folder else None
-        if status is None or json.loads(status.read_text(encoding="utf-8"))["message"] == message:
+        if status is None or (status.exists() and json.loads(status.read_text(encoding="utf-8"))["message"] == message):
             return 1
         message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
+from protoclip_scale.engine.learning import LearningWatch
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
@@ -90,6 +91,7 @@ class RunContext:
     device: torch.device
     trace: RowTrace
     nonfinite: NonFiniteSteps
+    learning: LearningWatch
     samples_trained: int = 0
 
     def samples_per_second(self) -> float | None:

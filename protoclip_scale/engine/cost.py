@@ -9,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip_scale.models.dual_encoder import DualEncoder
+from protoclip_scale.models.microbatches import num_microbatches
 from protoclip_scale.objectives import Objective
+from protoclip_scale.objectives.tiled import tile_rows
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.loss import tile_elements
 from protoclip_scale.recipe import Recipe
@@ -45,6 +47,7 @@ def measure(model: DualEncoder, recipe: Recipe) -> ModelCost:
     token_ids, lengths = torch.ones(PROBE_ROWS, length, dtype=torch.int64), torch.full((PROBE_ROWS,), length)
     was_training = model.training
     model.eval()
+    model.text_tower.train()  # transformers recompute activations in training only; there is no dropout
     weights = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, _saved_bytes(weights) as saved:
         model(images, token_ids, lengths, wants=model.features)
@@ -69,11 +72,13 @@ def _saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
         yield sizes
 
 
-def flops_per_sample(model_cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective]) -> dict[str, int]:
-    """FLOPs per trained row: the towers' step, the losses, and, with clusters, the extraction pass if there is one, and k-means at most: searches of rows that cannot
+def flops_per_sample(model_cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective], world: int) -> dict[str, int]:
+    """FLOPs per trained row: the towers' step, once more forward in micro-batches, the losses, and, with clusters, the extraction pass if there is one, and k-means at most: searches of rows that cannot
     have changed their cluster are left out, and most are."""
     batch, width = recipe.data.plan.global_batch, recipe.model.embed_dim
     flops = {"towers (forward and backward)": BACKWARD_FACTOR * model_cost.forward_flops}
+    if num_microbatches(batch // world, recipe.optim.microbatch) > 1:
+        flops["towers again (optim.microbatch)"] = model_cost.forward_flops
     losses = BACKWARD_FACTOR * sum(2 * batch * width * len(each.gathers) for each in objectives.values())
     labelings = sorted(set().union(*(each.clusters for each in objectives.values())))
     if recipe.prototypes and labelings:
@@ -95,10 +100,12 @@ def flops_per_sample(model_cost: ModelCost, recipe: Recipe, objectives: dict[str
 def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective], world: int) -> dict[str, int]:
     """Bytes of a rank under DDP, by what they hold. Activations are an estimate: evaluation mode, halved for half precision."""
     plan, parameters = recipe.data.plan, FLOAT_BYTES * model_cost.num_parameters
-    local_rows = plan.global_batch // world
+    local_rows, device = plan.global_batch // world, "cuda" if torch.cuda.is_available() else "cpu"
     memory = {"parameters": parameters, "gradients": parameters, "AdamW moments": 2 * parameters}
     gathered = sum(len(each.gathers) for each in objectives.values())
-    tiles = 2 * gathered * local_rows * plan.global_batch  # logits and their gradient
+    tiles = 0
+    if gathered:  # one tile's logits and softmax at a time; the gradients of rows and columns stay
+        tiles += 2 * tile_rows(local_rows, plan.global_batch, device) * plan.global_batch + gathered * (local_rows + plan.global_batch) * recipe.model.embed_dim
     if recipe.prototypes:
         clusters, width = recipe.prototypes.clusters, recipe.model.prototype_heads.dim
         labelings = set().union(*(each.clusters for each in objectives.values()))
@@ -107,10 +114,11 @@ def memory_per_rank(model_cost: ModelCost, recipe: Recipe, objectives: dict[str,
         centroids = len(labelings - {"teacher"}) + DIRECTIONS * len(clustered) + soft
         memory["prototypes"] = FLOAT_BYTES * centroids * clusters * width
         if clustered:  # one tile's logits and softmax at a time; the gradients of the student's rows stay
-            tiles += 2 * tile_elements(local_rows, clusters, "cuda" if torch.cuda.is_available() else "cpu") + DIRECTIONS * len(clustered) * local_rows * width
+            tiles += 2 * tile_elements(local_rows, clusters, device) + DIRECTIONS * len(clustered) * local_rows * width
     memory["loss tiles"] = FLOAT_BYTES * tiles
     halved = 1 if recipe.optim.precision == "fp32" else 2
-    return memory | {"activations (estimate)": model_cost.activation_bytes * local_rows // halved}
+    rows_at_once = min(local_rows, recipe.optim.microbatch or local_rows)
+    return memory | {"activations (estimate)": model_cost.activation_bytes * rows_at_once // halved}
 
 
 def feature_store_bytes(recipe: Recipe, rows: int, teacher_dim: int) -> int:

@@ -54,16 +54,17 @@ def extract(run: RunContext, strategy: Strategy, plan: EpisodePlan, episode: int
     batches = EpisodeBatches(
         run.recipe.data, run.recipe.model.image.size, run.tokenizer, plan, run.spool, run.lanes, purpose="extract", seed=run.recipe.data.plan.seed
     )
-    strategy.bare_model.eval()
+    loader = make_loader(batches, first_step, run.recipe.data.workers, pin_memory=run.device.type == "cuda")
     try:
-        for batch, arrays in _encoded(strategy, make_loader(batches, first_step, run.recipe.data.workers, pin_memory=run.device.type == "cuda"), together):
-            run.bad_rows.add(batch)
-            for i, writer in enumerate(writers):
-                mine = slice(i * per_lane, (i + 1) * per_lane)
-                writer.write(slice(batch.step * per_lane, (batch.step + 1) * per_lane), {c: array[mine] for c, array in arrays.items()}, batch.row_ids[mine].numpy())
-            event("extract.block")
-            run.stop.agree()
-            run.console.advance((batch.step + 1) * run.recipe.data.plan.global_batch)
+        with strategy.evaluating(strategy.precision.dtype):
+            for batch, arrays in _encoded(strategy, loader, together):
+                run.bad_rows.add(batch)
+                for i, writer in enumerate(writers):
+                    mine = slice(i * per_lane, (i + 1) * per_lane)
+                    writer.write(slice(batch.step * per_lane, (batch.step + 1) * per_lane), {c: array[mine] for c, array in arrays.items()}, batch.row_ids[mine].numpy())
+                event("extract.block")
+                run.stop.agree()
+                run.console.advance((batch.step + 1) * run.recipe.data.plan.global_batch)
     finally:
         for writer in writers:
             writer.close()

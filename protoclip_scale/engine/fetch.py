@@ -3,7 +3,7 @@
 import threading
 import time
 
-from protoclip_scale import collectives
+from protoclip_scale import collectives, standing
 from protoclip_scale.data.sources.retry import Cancelled
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
@@ -59,15 +59,20 @@ class Fetch:
         Raises:
             UserError: on all ranks, if one machine's fetch failed.
         """
-        pause = 0.01
-        while collectives.any_rank(self._thread is not None and self._thread.is_alive()):
-            self.run.stop.agree()
-            self.run.console.advance(self.blocks_done, total=self.num_blocks)
-            if self._thread:
-                self._thread.join(pause)
-            else:
-                time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        pause, told = 0.01, 0
+        with standing.polling():
+            while collectives.any_rank(works := self._thread is not None and self._thread.is_alive()):
+                standing.HERE.waits = not works
+                self.run.stop.agree()
+                if self.blocks_done > told:
+                    standing.got_on()
+                told = self.blocks_done
+                self.run.console.advance(self.blocks_done, total=self.num_blocks)
+                if self._thread:
+                    self._thread.join(pause)
+                else:
+                    time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
         self.run.console.advance(self.blocks_done, total=self.num_blocks)
         if self.error and not isinstance(self.error, UserError):
             raise self.error

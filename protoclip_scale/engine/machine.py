@@ -6,17 +6,19 @@ written. So a run killed anywhere repeats at most the unfinished phase.
 """
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from protoclip_scale import collectives
+from protoclip_scale import collectives, standing
 from protoclip_scale.data.plan import EpisodePlan
 from protoclip_scale.engine import checkpoint, refresh
 from protoclip_scale.engine.checkpoint import Cursor
+from protoclip_scale.engine.checkpoint.copying import Copier
 from protoclip_scale.engine.clustering import LABELINGS, Begun, cluster, labelings, num_iterations, on_iteration, seed_of
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
@@ -31,7 +33,6 @@ from protoclip_scale.engine.training import train_episode
 from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.evaluation.run import evaluate
 from protoclip_scale.files import publish_text
-from protoclip_scale.objectives.base import locked_from
 from protoclip_scale.prototypes.diagnostics import collapse_warnings
 from protoclip_scale.prototypes.episode import EpisodePrototypes, RowLabels
 from protoclip_scale.prototypes.teacher import TeacherFeatures
@@ -57,16 +58,18 @@ class EpisodeMachine:
         self.records = Records(run, trainer.objectives)
         self.group: dist.ProcessGroup | None = None  # of the thread that clusters a teacher
         self.ahead: Fetch | None = None
+        self.copier: Copier | None = None  # on rank 0, if run.copy_to is set
         self.plan: EpisodePlan | None = None
 
     def train(self) -> None:
         """To the end of the schedule; raises Stopped, after saving, when a signal came."""
+        standing.at(self.cursor.episode, self.cursor.step)
         try:
             self._cluster_teacher_once()
             while self.cursor.phase != "done":
                 episode = self.cursor.episode
                 if self.cursor.phase == "fetch":
-                    self.trainer.rebuild(self.frozen(episode))
+                    self.trainer.rebuild(episode, self._just_saved)
                     self._fetch(episode)
                     if self._clusters(episode):
                         self._cluster(episode)
@@ -89,12 +92,12 @@ class EpisodeMachine:
 
     def resume(self, folder: Path, manifest: dict) -> None:
         """Stand where a checkpoint was saved; what clustering published after it counts too."""
-        tensors = checkpoint.read_tensors(folder, manifest)
+        reader = checkpoint.Reader(folder, manifest)
+        prototypes = reader  # those that were trained with, or what clustering has published since
         self.cursor = checkpoint.cursor_of(manifest)
         try:
-            if added := checkpoint.prototypes_manifest(folder):
-                newer = checkpoint.read_tensors(checkpoint.prototypes_folder(folder), added)
-                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("prototypes/")} | newer  # those of the episode before
+            if added := collectives.from_rank_zero(lambda: checkpoint.prototypes_manifest(folder)):
+                prototypes = checkpoint.Reader(checkpoint.prototypes_folder(folder), added)
                 self.cursor = checkpoint.cursor_of(added)
         except UserError as error:
             self.run.console.event(f"warning: {error}; clustering again")
@@ -102,11 +105,11 @@ class EpisodeMachine:
         if self.cursor.phase == "evaluate" and unfinished and self.cursor.step < self.run.schedule.total_steps:
             self._move(phase="train")  # the schedule ended inside this episode and has been extended
         self.trainer.strategy.precision.load(manifest["scaler"])
-        self.trainer.build(self.frozen(self.cursor.episode), {n: t for n, t in tensors.items() if n.startswith(("model/", "optimizer/"))})
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith("prototypes/")}
+        self.trainer.build(self.cursor.episode, reader)
+        found = {name: prototypes.tensor(name) for name in prototypes.names("prototypes/")}
         if found and self.cursor.phase in ("train", "evaluate"):
             self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device, self.row_labels)
-        self.warm_centroids = {name.removeprefix(WARM): tensor.numpy() for name, tensor in tensors.items() if name.startswith(WARM)}
+        self.warm_centroids = {name.removeprefix(WARM): prototypes.tensor(name).numpy() for name in prototypes.names(WARM)}
         self.records.check(manifest)
         self.run.log.discard_after(self.cursor.step)
         if collectives.rank() == 0:
@@ -114,15 +117,12 @@ class EpisodeMachine:
         self.records.take_back(self.cursor)  # after the checkpoints that count on them
         self._point_to(folder)
 
-    def frozen(self, episode: int) -> bool:
-        lit, locked = self.run.recipe.episodes.lit, locked_from(self.run.recipe)
-        return lit is not None and lit.variant == "paper" and episode >= locked
-
     def _clusters(self, episode: int) -> bool:
         return any(objective.clusters for objective in self.trainer.active(episode).values())
 
     def _move(self, **changes: object) -> None:
         self.cursor = Cursor(**{**vars(self.cursor), **changes})
+        standing.at(self.cursor.episode, self.cursor.step)
 
     def _fetch(self, episode: int) -> None:
         """The episode's rows onto this machine's disk; most of it may have been done while the one before trained."""
@@ -171,7 +171,8 @@ class EpisodeMachine:
             with run.clock.measure("pictures"):
                 draw_prototypes(run, rows, found.labels, self.prototypes)
         beside = checkpoint.prototypes_folder(checkpoint.folder_of(run.folder, self.cursor.step))
-        self._publish(beside, self.prototypes.tensors() | self._warm_tensors(), Cursor(episode, "train", 0, self.cursor.step))
+        pieces = checkpoint.replicated_pieces(self.prototypes.tensors() | self._warm_tensors())
+        self._publish(beside, pieces, Cursor(episode, "train", 0, self.cursor.step))
         refresh.remove(rows)
 
     @contextlib.contextmanager
@@ -208,7 +209,8 @@ class EpisodeMachine:
                     self.ahead = Fetch(self.run, episode + 1)
                 if every and step % every == 0 and step - first < num_steps:  # the last one saves after the loop
                     self._save()
-                self.run.stop.agree()
+                self.tell_of_copies()
+                self.run.stop.heed()
         with self.run.clock.measure("records"):
             self.records.seal()
         self.run.bad_rows.check()
@@ -224,7 +226,8 @@ class EpisodeMachine:
             return
         with self.run.phase("evaluate", episode, total=None, unit="sets"):
             event("evaluate.start")
-            figures = evaluate(self.trainer.model, self.run.recipe, self.run.tokenizer, self.run.device, prototypes=self.prototypes)
+            with self.trainer.strategy.evaluating() as model:
+                figures = evaluate(model, self.run.recipe, self.run.tokenizer, self.run.device, prototypes=self.prototypes, meanwhile=self.run.stop.agree)
         self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
         self.run.console.evaluation(figures)
 
@@ -236,26 +239,39 @@ class EpisodeMachine:
         """Publish the weights, the optimiser and the prototypes they were trained with; once for a step."""
         folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
         if not collectives.broadcast_object(folder.is_dir()):
-            tensors = self.trainer.tensors()
-            if self.prototypes:
-                tensors |= self.prototypes.tensors()
             self.records.flush()
-            self._publish(folder, tensors | self._warm_tensors(), self.cursor)
+            shared = self._warm_tensors() | (self.prototypes.tensors() if self.prototypes else {})
+            pieces = itertools.chain(self.trainer.strategy.pieces(), checkpoint.replicated_pieces(shared))
+            self._publish(folder, pieces, self.cursor, weights=self.run.recipe.run.weights)
         self._point_to(folder)
 
+    def _just_saved(self) -> checkpoint.Reader:
+        """The checkpoint of the weights as they are now: training saves at the end of every episode."""
+        folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
+        return checkpoint.Reader(folder, collectives.from_rank_zero(lambda: checkpoint.facts(folder)))
+
     def _point_to(self, folder: Path) -> None:
-        """Name the newest checkpoint, and drop those that are not kept; also what a kill after publishing has left undone."""
+        """Name the newest checkpoint, and drop those that are not kept; also what a kill after publishing has left undone. A collective."""
+        collectives.from_rank_zero(lambda: guard_attempt(self.run.folder, self.run.attempt))
         if collectives.rank() == 0 and folder.parent == self.run.folder / "checkpoints":
             publish_text(folder.parent / "latest", folder.name + "\n")
-            checkpoint.prune(self.run.folder, self.run.recipe.run.keep_checkpoints)
+            settings = self.run.recipe.run
+            checkpoint.prune(self.run.folder, settings.keep_checkpoints, settings.keep_every_steps, self.copier.in_use if self.copier else ())
             self.records.forget(self.cursor)
             self.run.log.once("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
 
-    def _publish(self, folder: Path, tensors: dict[str, torch.Tensor], cursor: Cursor) -> None:
+    def _publish(self, folder: Path, pieces: Iterable[checkpoint.Piece], cursor: Cursor, weights: bool = False) -> None:
         about = checkpoint.describe(
             cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state(),
             recorded=self.records.counted_on(cursor),
         )
         with self.run.clock.measure("checkpoint"):
-            checkpoint.save(folder, tensors, about, lambda: guard_attempt(self.run.folder, self.run.attempt))
+            checkpoint.save(folder, pieces, about, lambda: guard_attempt(self.run.folder, self.run.attempt), weights=weights)
         self.run.console.event(f"saved checkpoints/{folder.name}")
+        if self.copier:
+            self.copier.add(folder)
+
+    def tell_of_copies(self) -> None:
+        """What the thread that copies has to say."""
+        for line in self.copier.news() if self.copier else ():
+            self.run.console.event(line)

@@ -20,14 +20,18 @@ from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.checkpoint import Cursor
 from protoclip_scale.engine.context import BadRows, RunContext, lanes_of_this_node
+from protoclip_scale.engine.ending import Ending
 from protoclip_scale.engine.head_start import HeadStart
+from protoclip_scale.engine.learning import LearningWatch
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_folder import Start, check_sources, open_run, pinned
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.engine.shared_folder import check_shared
 from protoclip_scale.engine.signals import StopFlag
 from protoclip_scale.engine.trace import RowTrace
-from protoclip_scale.errors import STOPPED_EXIT_CODE, Stopped, UserError
+from protoclip_scale.engine.watch import begin as begin_watch
+from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.recipe import Recipe
 from protoclip_scale.report.console import make_console
 
@@ -41,11 +45,17 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line (docs/launching.md)")
     check_lanes(recipe.data.plan.lanes, collectives.world_size())
-    start: Start = collectives.from_rank_zero(lambda: open_run(folder, recipe, options.resume, options.extend))
-    is_main = collectives.rank() == 0
-    log = RunLog(folder, start.attempt, is_main)
-    console = make_console(is_main, folder / "log.txt", None)
+    watch = begin_watch(recipe.run)
+    ending = Ending(folder, watch)
     try:
+        # Copies may have to be brought from far away.
+        start: Start = collectives.from_rank_zero_patiently(lambda: open_run(folder, recipe, options.resume, options.extend), meanwhile=lambda: None)
+        is_main = collectives.rank() == 0
+        log = RunLog(folder, start.attempt, is_main)
+        console = make_console(is_main, folder / "log.txt", None)
+        ending.report_to(log, console)
+        if collectives.world_size() > 1:
+            check_shared(folder, start.attempt)
         log.write_status("running")
         device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = _context(recipe, folder, start, device, stop, log, console)
@@ -56,22 +66,14 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
         torch.set_num_threads(recipe.run.threads or default_threads())
         train(run, accelerator, start, head_start)
     except Stopped:
-        console.close()
-        log.write_status("stopped", STOPPED_EXIT_CODE, "stopped by a signal after a checkpoint was saved")
-        console.event("stopped by a signal; the same command goes on from the checkpoint")
-        raise
-    except UserError as error:
-        console.failure(str(error))
-        console.close()
-        log.write_status("failed", 1, str(error), any_rank=True)
-        error.told = True
+        ending.stopped()
         raise
     except BaseException as error:
-        console.close()
-        log.write_status("failed", 1, f"{type(error).__name__}: {error}", any_rank=True)
-        raise
-    log.write_status("done", 0, resumable=False)
-    console.close()
+        told = ending.failed(error)
+        if told is error:
+            raise
+        raise told from error
+    ending.done()
     accelerator.end_training()
     return 0
 
@@ -123,6 +125,7 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
         schedule=Schedule(recipe, plan.steps_per_episode, plan.num_rows),
         device=device,
         trace=RowTrace(folder, start.attempt, enabled=recipe.run.trace_rows),
+        learning=LearningWatch(log, console.event, recipe.run.learning_watch_steps, recipe.data.plan.global_batch),
         nonfinite=NonFiniteSteps(recipe.optim.nonfinite_skips, scales_loss=recipe.optim.precision == "fp16"),
     )
 

@@ -1,6 +1,7 @@
 """What a run leaves to read: metrics.jsonl, log.txt, status.json and environment.json, written by rank 0."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from protoclip_scale import standing
 from protoclip_scale.engine.run_folder import newest_attempt
-from protoclip_scale.files import publish_json, publish_text
+from protoclip_scale.files import overwrite_json, publish_json, publish_text
+from protoclip_scale.redact import redact_text, redacted
 from protoclip_scale.report.plain import append_log
 
-KINDS = ("train", "episode", "kmeans", "eval", "checkpoint")
+KINDS = ("train", "episode", "kmeans", "eval", "checkpoint", "warning")
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "timm", "datasets", "faiss-cpu", "faiss-gpu", "numpy", "deepspeed")
 
 
@@ -42,7 +45,7 @@ class RunLog:
         self._metrics = None
 
     def metrics(self, kind: str, step: int, samples: int, **figures: Any) -> None:
-        """Append one line, flushed. ``kind`` is one of ``KINDS``; figures with a slash are passed as ``**{"loss/clip": x}``."""
+        """Append one line, flushed, unless a newer attempt owns the run. ``kind`` is one of ``KINDS``; figures with a slash are passed as ``**{"loss/clip": x}``."""
         self._append(kind, [figures], step, samples)
 
     def _append(self, kind: str, lines: list[dict[str, Any]], step: int, samples: int) -> None:
@@ -51,12 +54,16 @@ class RunLog:
         reserved = {"kind": kind, "step": int(step), "samples": int(samples), "attempt": self.attempt, "time": round(time.time(), 3)}
         for figures in lines:
             assert not reserved.keys() & figures.keys(), f"figures must not be named {sorted(reserved.keys() & figures.keys())}"
-        if not self.is_main:
+        if not self.is_main or newest_attempt(self.run_dir) > self.attempt:
             return
         if self._metrics is None:
             self._metrics = self._open_metrics()
-        self._metrics.write("".join(json.dumps(finite(reserved | figures), allow_nan=False) + "\n" for figures in lines))
-        self._metrics.flush()
+        try:
+            self._metrics.write("".join(json.dumps(finite(reserved | figures), allow_nan=False) + "\n" for figures in lines))
+            self._metrics.flush()
+        except OSError as error:
+            error.filename = str(self.metrics_path)  # which a full disk does not say
+            raise
 
     def _open_metrics(self):
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -111,17 +118,26 @@ class RunLog:
                         found = entry
         return found
 
-    def write_status(self, state: str, code: int | None = None, message: str = "", resumable: bool = True, any_rank: bool = False) -> None:
-        """Replace status.json, unless a newer attempt owns the run. ``any_rank``: a failure that perhaps only this rank saw; the first is kept."""
-        if not (self.is_main or any_rank) or newest_attempt(self.run_dir) > self.attempt:
-            return
+    def write_status(self, state: str, code: int | None = None, message: str = "", resumable: bool = True, any_rank: bool = False, lost_rank: bool = False) -> None:
+        """Replace status.json, unless a newer attempt owns the run. ``any_rank``: a failure that perhaps only this rank saw; the first is kept.
+        ``lost_rank``: the cause lies outside of the run, so that another start may get further (job scripts read it)."""
+        newest = newest_attempt(self.run_dir)
+        if newest > self.attempt or not (self.is_main or (any_rank and newest == self.attempt)):
+            return  # another rank may even look at another folder, where the attempt is not
         path = self.run_dir / "status.json"
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(path.read_text(encoding="utf-8"))
             if state == "failed" and before["state"] == "failed" and before["attempt"] == self.attempt:
                 return  # the first failure is the cause; the others lost a peer
-        facts = {"state": state, "code": code, "message": message, "resumable": resumable, "attempt": self.attempt, "time": round(time.time(), 3)}
-        publish_json(path, facts)
+        facts = {"state": state, "code": code, "message": redact_text(message), "resumable": resumable, "attempt": self.attempt, "time": round(time.time(), 3)}
+        if lost_rank:
+            facts["lost_rank"] = True
+        try:
+            publish_json(path, facts)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and path.exists():
+                overwrite_json(path, facts)  # a full disk has room in a file that is there
+            raise
 
     def write_environment(self, **facts: Any) -> None:
         """Replace environment.json with versions, hardware and git commit; a change since the last attempt goes to log.txt.
@@ -131,7 +147,7 @@ class RunLog:
         if not self.is_main:
             return
         path = self.run_dir / "environment.json"
-        found = finite({"attempt": self.attempt, **environment(), **facts})
+        found = redacted(finite({"attempt": self.attempt, **environment(), **facts}))
         if path.exists():
             with contextlib.suppress(ValueError, AttributeError):
                 before = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +218,8 @@ class PhaseClock:
         self._charge()
         self._open.append(name)
         try:
-            yield
+            with standing.inside(name):
+                yield
         finally:
             self._charge()
             self._open.pop()

@@ -10,7 +10,7 @@ from protoclip_scale.data.quarantine import read_quarantine, summary
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.pictures import newest_pictures
-from protoclip_scale.models.dual_encoder import DualEncoder
+from protoclip_scale.engine.strategy import Strategy
 
 
 def shown(path: Path) -> str:
@@ -19,7 +19,7 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def start_facts(run: RunContext, model: DualEncoder, resumed: Path | None) -> dict[str, Any]:
+def start_facts(run: RunContext, strategy: Strategy, resumed: Path | None) -> dict[str, Any]:
     """What will be run."""
     recipe = run.recipe
     return {
@@ -27,10 +27,11 @@ def start_facts(run: RunContext, model: DualEncoder, resumed: Path | None) -> di
         "ranks": collectives.world_size(),
         "hosts": collectives.world_size() // collectives.local_world_size(),
         "device": str(run.device),
+        "strategy": strategy.title,
         "precision": recipe.optim.precision,
         "image_tower": f"{recipe.model.image.name} at {recipe.model.image.size} px",
         "text_tower": recipe.model.text.name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": strategy.num_parameters(),
         "rows": {name: run.index.source_rows(i) for i, name in enumerate(run.index.source_names)},
         "total_steps": run.schedule.total_steps,
         "steps_per_episode": run.plan.steps_per_episode,

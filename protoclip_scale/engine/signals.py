@@ -11,11 +11,18 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.raised = False
+        self.agreed = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         self.raised = True
+
+    def heed(self) -> None:
+        """Raise Stopped if the ranks have agreed to in a step (``agreed``); no collective."""
+        if self.agreed:
+            self.raised = True
+            raise Stopped
 
     def agree(self) -> None:
         """Raise Stopped on all ranks if any was asked to stop; a collective."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from protoclip_scale import collectives
+from protoclip_scale import collectives, standing
 from protoclip_scale.data.plan import EpisodePlan
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.errors import Stopped
@@ -92,6 +92,7 @@ class TeacherAhead:
 
     def _on_iteration(self, _: Iteration) -> None:
         self._event("cluster.iteration")
+        standing.got_on()
         self._run.stop.agree()
 
     def result(self, row_ids: list[np.ndarray], on_iteration: Callable[[Iteration], None]) -> KMeansResult:

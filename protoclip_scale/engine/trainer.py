@@ -1,5 +1,7 @@
 """The model in training: what is built, one loss, one step."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,9 +9,12 @@ import torch
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
 from protoclip_scale.engine import checkpoint, state
-from protoclip_scale.engine.optimizer import build_optimizer, set_learning_rates, skip_parameters
+from protoclip_scale.engine.checkpoint import Reader
+from protoclip_scale.engine.freezing import active_objectives, trained_parameters
+from protoclip_scale.engine.microbatches import refuse_batch_norm
+from protoclip_scale.engine.optimizer import parameter_groups
 from protoclip_scale.engine.schedules import Schedule
-from protoclip_scale.engine.strategy import Strategy
+from protoclip_scale.engine.strategy import Strategy, Update
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import Objective, Targets, features_of
@@ -19,7 +24,7 @@ from protoclip_scale.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Loss:
-    """The weighted sum that is differentiated, and the unweighted terms by objective (local means)."""
+    """The weighted sum that is differentiated, the unweighted terms by objective (local means), and what they were computed from."""
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
@@ -35,51 +40,54 @@ class Trainer:
         self.objectives = objectives
         self.schedule = schedule
         self.features = features_of(objectives)
-        self.frozen = False
+        self.trained: frozenset[str] = frozenset()
 
     @property
     def model(self) -> DualEncoder:
         return self.strategy.bare_model
 
-    def build(self, frozen: bool, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Make the model and optimiser and wrap them; with ``tensors`` (see ``state.collect``) they continue from there."""
-        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=tensors is None, read_run=checkpoint.read_weights).to(self.strategy.device)
-        if tensors is not None:
-            state.load_weights(model, tensors)
-        if frozen:
-            model.freeze_image()
-        optimizer = build_optimizer(model, self.recipe.optim)
-        if tensors is not None:
-            state.load_moments(optimizer, tensors)
-        self.frozen = frozen
-        self.strategy.prepare(model, optimizer)
+    def build(self, episode: int, reader: Reader | None = None) -> None:
+        """Make the model and optimiser for an episode and wrap them; with a checkpoint's ``reader`` they continue from there."""
+        self.strategy.release()
+        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=reader is None, read_run=checkpoint.read_weights).to(self.strategy.device)
+        if reader:
+            state.load_weights(model, reader)
+        refuse_batch_norm(model, self.recipe, collectives.world_size())
+        self.trained = trained_parameters(model, self.recipe, self.objectives, episode)
+        model.train_only(self.trained)
+        self.strategy.prepare(model, parameter_groups(model, self.recipe.optim), self.recipe.optim)
+        if reader:
+            self.strategy.load(reader)
 
-    def rebuild(self, frozen: bool) -> None:
-        """Change what trains, by the way a resumed run is built."""
-        if frozen != self.frozen:
-            self.build(frozen, {name: tensor.cpu().clone() for name, tensor in self.tensors().items()})
+    def rebuild(self, episode: int, open_reader: Callable[[], Reader]) -> None:
+        """Change what trains, if the episode asks for that, by the way a resumed run is built; ``open_reader``: a checkpoint of the weights as they are now."""
+        if trained_parameters(self.model, self.recipe, self.objectives, episode) != self.trained:
+            self.build(episode, open_reader())
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that training has changed, by name (see ``state.collect``)."""
-        return state.collect(self.model, self.strategy.optimizer)
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[DualEncoder | None]:
+        """The model with all its weights in evaluation mode and fp32, for rank 0; a collective."""
+        if self.strategy.whole:
+            with self.strategy.evaluating() as model:
+                yield model
+            return
+        weights = {name: tensor.cpu() for name, tensor in self.strategy.full_weights() if collectives.rank() == 0}
+        model = None
+        if weights:
+            model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=False).eval()
+            model.load_state_dict(weights, strict=True)
+        yield model
 
     def active(self, episode: int) -> dict[str, Objective]:
-        return {name: objective for name, objective in self.objectives.items() if objective.active(episode)}
+        return active_objectives(self.objectives, episode)
 
     def loss(self, batch: Batch, episode: int, prototypes: EpisodePrototypes | None, records: frozenset[str] = frozenset()) -> Loss:
         """One forward of the local rows and all active objectives; a collective. ``records``: features to compute besides, without gradient."""
         active = self.active(episode)
         wants = frozenset().union(*(objective.needs for objective in active.values()))
-        device = self.strategy.device
-        with self.strategy.precision.autocast():
-            features = self.strategy.model(
-                batch.images.to(device, non_blocking=True),
-                batch.token_ids.to(device, non_blocking=True),
-                batch.token_lengths.to(device, non_blocking=True),
-                wants=wants,
-                records=records,
-            )
-        rows = len(batch.positions)
+        device, rows = self.strategy.device, len(batch.positions)
+        inputs = batch.images.to(device, non_blocking=True), batch.token_ids.to(device, non_blocking=True), batch.token_lengths
+        features = self.strategy(*inputs, wants=wants, records=records, microbatch=self.recipe.optim.microbatch)
         names = sorted(set().union(*(objective.gathers for objective in active.values())))
         gathered = {name: collectives.all_gather_with_grad(features[name]) for name in names}
         columns_B = torch.arange(rows, device=device) + collectives.rank() * rows
@@ -90,19 +98,8 @@ class Trainer:
         total = torch.stack([self.objectives[name].settings.weight * term for name, term in terms.items()]).sum()
         return Loss(total, {name: term.detach() for name, term in terms.items()}, features)
 
-    def idle_parameters(self, episode: int) -> frozenset[str]:
-        """Names of parameters that no active objective uses."""
-        wants = frozenset().union(*(objective.needs for objective in self.active(episode).values()))
-        return frozenset(self.model.head_parameters(self.features - wants))
-
-    def step(self, loss: Loss, step: int, episode: int) -> tuple[float, bool]:
-        """Backward, clip and update; returns the gradient norm and whether the update was taken."""
-        optimizer = self.strategy.optimizer
-        set_learning_rates(optimizer, self.schedule.learning_rates(step))
+    def step(self, loss: Loss, step: int, stop: bool = False) -> Update:
+        """Backward, clip and update; ``stop``: this rank was asked to stop."""
+        self.strategy.set_learning_rates(self.schedule.learning_rates(step))
         self.strategy.backward(loss.total)
-        skip_parameters(optimizer, self.idle_parameters(episode))
-        norm = self.strategy.clip(self.recipe.optim.max_norm).item()
-        finite = norm == norm and norm != float("inf")
-        taken = self.strategy.step() if finite or self.strategy.precision.scaler else False
-        optimizer.zero_grad(set_to_none=True)
-        return norm, taken
+        return self.strategy.update(stop)

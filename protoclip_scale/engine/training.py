@@ -8,6 +8,7 @@ import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
+from protoclip_scale.data.randomness import raw_keys
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.trainer import Loss, Trainer
@@ -32,6 +33,11 @@ def _averaged(loss: Loss) -> dict[str, float]:
     return {"loss": mean[0], **{f"loss/{name}": value for name, value in zip(loss.terms, mean[1:], strict=True)}}
 
 
+def _seed_towers(seed: int, step: int) -> None:
+    """Dropout draws from torch's own generators: their state at a step is f(seed, step, rank), whatever was drawn before, in this process or another."""
+    torch.manual_seed(int(raw_keys(1, seed, "towers", step, collectives.rank())[0]) >> 1)
+
+
 def train_episode(
     run: RunContext, trainer: Trainer, batches: Iterator[Batch], episode: int, step: int, prototypes: EpisodePrototypes | None, recorder: Recorder | None
 ) -> Iterator[int]:
@@ -41,19 +47,19 @@ def train_episode(
     recorded = frozenset(COLUMNS.values()) if recorder else frozenset()
     waits: list[float] = []
     window_start, window_steps = time.perf_counter(), 0
-    trainer.strategy.model.train()
+    trainer.model.train()
     for batch in _timed(batches, waits):
         run.bad_rows.add(batch)
+        _seed_towers(recipe.data.plan.seed, step)
         loss = trainer.loss(batch, episode, prototypes, recorded)
         event("train.forward")
-        norm, taken = float("nan"), False
-        if not collectives.any_rank(not bool(torch.isfinite(loss.total))):
-            norm, taken = trainer.step(loss, step, episode)
-        if taken:
+        update = trainer.step(loss, step, run.stop.raised)
+        run.stop.agreed |= update.stop
+        if update.taken:
             run.nonfinite.passed()
         else:
             run.nonfinite.skipped(batch, step)
-        if taken and recorder:
+        if update.taken and recorder:
             recorder.write(batch.slots, batch.row_ids, loss.features)
         run.trace.write(step, batch.row_ids)
         step, window_steps = step + 1, window_steps + 1
@@ -62,7 +68,7 @@ def train_episode(
             rate = window_steps * recipe.data.plan.global_batch / elapsed
             figures = _averaged(loss) | {
                 "lr": trainer.schedule.learning_rates(step - 1)["other"],
-                "gradient_norm": norm,
+                "gradient_norm": update.norm,
                 "samples_per_second": rate,
                 "data_wait_share": sum(waits) / elapsed,
                 "memory_gb": psutil.Process().memory_info().rss / 2**30,
@@ -72,7 +78,9 @@ def train_episode(
             for name, label in (("logit_scale", "scale/logit"), ("prototype_scale", "scale/prototype")):
                 if name in loss.features:
                     figures[label] = loss.features[name].item()
-            run.log.metrics("train", step=step, samples=step * recipe.data.plan.global_batch, episode=episode, **figures)
+            samples = step * recipe.data.plan.global_batch
+            run.log.metrics("train", step=step, samples=samples, episode=episode, **figures)
+            run.learning.look(step, samples, figures.get("loss/clip"))
             run.console.step(figures | {"step": step, "total_steps": total, "eta_seconds": (total - step) * elapsed / window_steps})
             window_start, window_steps = time.perf_counter(), 0
             waits.clear()

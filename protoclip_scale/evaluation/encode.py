@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from protoclip_scale import collectives
+from protoclip_scale import collectives, standing
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,13 +26,17 @@ class Encoder(Protocol):
     def encode_text(self, token_ids: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor: ...
 
 
-def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Tensor]) -> torch.Tensor:
+def nothing() -> None:
+    """What callers do between batches who have nothing to do there."""
+
+
+def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Tensor], meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
     """Rows 0..num_rows-1 encoded ``batch`` at a time, in row order, on every rank's CPU.
 
     Batch b is always rows [b*batch, (b+1)*batch) and rank b mod W encodes it: the batches are the same for every W, and so are the
     figures, bit for bit on one kind of device. All ranks run the same number of batches (strategies that gather weights in
     the forward pass would hang otherwise): a rank without work in the last round repeats the last batch, which is dropped.
-    ``encode`` maps a range of rows to [rows, D]. Cost: ceil(batches / W) forward passes and as many gathers of W*batch rows.
+    ``encode`` maps a range of rows to [rows, D]; ``meanwhile`` is called after each batch, and may be a collective. Cost: ceil(batches / W) forward passes and as many gathers of W*batch rows.
     """
     num_batches = math.ceil(num_rows / batch)
     gathered = []
@@ -42,6 +46,8 @@ def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Te
         padded = encoded.new_zeros(batch, encoded.shape[1])
         padded[: len(encoded)] = encoded
         gathered.append(collectives.all_gather(padded).cpu())
+        standing.got_on()
+        meanwhile()
     return torch.cat(gathered)[:num_rows]
 
 
@@ -58,7 +64,15 @@ def evaluating(model: Encoder, device: torch.device, precision: str):
         model.train(was_training)
 
 
-def encode_images(model: Encoder, pixels: Callable[[range], tuple[torch.Tensor, torch.Tensor]], num_rows: int, batch: int, device: torch.device, precision: str = "fp32"):
+def encode_images(
+    model: Encoder,
+    pixels: Callable[[range], tuple[torch.Tensor, torch.Tensor]],
+    num_rows: int,
+    batch: int,
+    device: torch.device,
+    precision: str = "fp32",
+    meanwhile: Callable[[], None] = nothing,
+):
     """``(embeddings [n, D] float32, decodable [n] bool)``; ``pixels`` gives uint8 [b, 3, S, S] and a bool [b] for a range of rows."""
 
     def encode(rows: range) -> torch.Tensor:
@@ -67,11 +81,13 @@ def encode_images(model: Encoder, pixels: Callable[[range], tuple[torch.Tensor, 
         return torch.cat([embeddings, decodable.to(device, embeddings.dtype)[:, None]], dim=1)
 
     with evaluating(model, device, precision):
-        encoded = encode_sharded(num_rows, batch, encode)
+        encoded = encode_sharded(num_rows, batch, encode, meanwhile)
     return encoded[:, :-1].contiguous(), encoded[:, -1] > 0.5
 
 
-def encode_texts(model: Encoder, tokenizer: Callable, texts: Sequence[str], batch: int, device: torch.device, precision: str = "fp32") -> torch.Tensor:
+def encode_texts(
+    model: Encoder, tokenizer: Callable, texts: Sequence[str], batch: int, device: torch.device, precision: str = "fp32", meanwhile: Callable[[], None] = nothing
+) -> torch.Tensor:
     """[len(texts), D] float32."""
 
     def encode(rows: range) -> torch.Tensor:
@@ -79,4 +95,4 @@ def encode_texts(model: Encoder, tokenizer: Callable, texts: Sequence[str], batc
         return model.encode_text(tokens.ids.to(device), tokens.lengths.to(device))
 
     with evaluating(model, device, precision):
-        return encode_sharded(len(texts), batch, encode)
+        return encode_sharded(len(texts), batch, encode, meanwhile)

@@ -5,6 +5,8 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
+from protoclip_scale import standing
+
 STEPS_PER_DECADE = 8
 DECADES = 6
 FIRST_STRIDE = 2 * STEPS_PER_DECADE
@@ -38,6 +40,7 @@ def fit_logistic(features: torch.Tensor, targets: torch.Tensor, num_classes: int
         optimizer.zero_grad()
         loss = F.cross_entropy(design @ scaled.T, targets) + (scaled[:, :-1] * units).square().sum() * penalty / 2
         loss.backward()
+        standing.got_on()
         return loss
 
     with torch.enable_grad():

@@ -12,7 +12,7 @@ from protoclip_scale import collectives
 from protoclip_scale.data.decode import Limits
 from protoclip_scale.evaluation.clusters import WithPrototypes, cluster_figures
 from protoclip_scale.evaluation.diagnostics import modality_figures
-from protoclip_scale.evaluation.encode import Encoder, encode_images, encode_texts
+from protoclip_scale.evaluation.encode import Encoder, encode_images, encode_texts, nothing
 from protoclip_scale.evaluation.pixels import PixelStore
 from protoclip_scale.evaluation.probe import LinearProbe
 from protoclip_scale.evaluation.retrieval import retrieval_figures
@@ -74,10 +74,16 @@ class TextRows:
 
 
 def evaluate(
-    model: Encoder, recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32", prototypes: EpisodePrototypes | None = None
+    model: Encoder,
+    recipe: Recipe,
+    tokenizer: Callable,
+    device: torch.device,
+    precision: str = "fp32",
+    prototypes: EpisodePrototypes | None = None,
+    meanwhile: Callable[[], None] = nothing,
 ) -> dict[str, float]:
     """``evaluate_suite`` on the recipe's own held-out sets."""
-    return evaluate_suite(model, suite_of_recipe(recipe), recipe.model.image.size, tokenizer, device, precision, prototypes)
+    return evaluate_suite(model, suite_of_recipe(recipe), recipe.model.image.size, tokenizer, device, precision, prototypes, meanwhile)
 
 
 def evaluate_suite(
@@ -88,6 +94,7 @@ def evaluate_suite(
     device: torch.device,
     precision: str = "fp32",
     prototypes: EpisodePrototypes | None = None,
+    meanwhile: Callable[[], None] = nothing,
 ) -> dict[str, float]:
     """Zero-shot, retrieval, linear-probe and modality figures of a suite; a collective, the same on all ranks and for any W.
 
@@ -101,7 +108,7 @@ def evaluate_suite(
     unit embeddings of ``probe_train`` and judged on each set that shares a column with it, on rows whose class it has seen.
     Images that cannot be decoded are left out and counted (``undecodable``).
 
-    ``model`` has ``encode_image`` and ``encode_text`` (unit rows); ``precision`` is that of its towers: fp32, bf16 or fp16. Raises UserError
+    ``model`` has ``encode_image`` and ``encode_text`` (unit rows); ``precision`` is that of its towers: fp32, bf16 or fp16. ``meanwhile`` is called after each batch, on all ranks alike; what it raises ends the evaluation. Raises UserError
     for missing files or columns. Cost: a forward pass over all images and distinct texts, shared out over ranks; the rest on rank 0.
     Images are decoded once per process (up to 1 GB of pixels), texts are read once.
     """
@@ -112,7 +119,7 @@ def evaluate_suite(
 
     def encode(held_out: EvaluationSet) -> EncodedSet:
         rows = cached_set(held_out, suite.root, suite.retry_seconds)
-        images, decodable = encode_images(encoder, store.pixels_of(rows), len(rows), settings.batch, device, precision)
+        images, decodable = encode_images(encoder, store.pixels_of(rows), len(rows), settings.batch, device, precision, meanwhile)
         kept = decodable.nonzero()[:, 0].tolist()
         classes = {column: [values[row] for row in kept] for column, values in rows.classes.items()}
         return EncodedSet(held_out, images[kept, :width], images[kept, width:], [rows.captions[row] for row in kept], classes, len(rows) - len(kept))
@@ -120,14 +127,16 @@ def evaluate_suite(
     sets = {held_out.name: encode(held_out) for held_out in settings.sets}
     probe_train = encode(settings.probe_train) if settings.probe_train and sets else None
     wanted = [text for held_out in sets.values() for texts in (*held_out.captions, held_out.prompts()) for text in texts]
-    texts = TextRows(wanted, lambda distinct: encode_texts(encoder, tokenizer, distinct, settings.batch, device, precision), width)
+    texts = TextRows(wanted, lambda distinct: encode_texts(encoder, tokenizer, distinct, settings.batch, device, precision, meanwhile), width)
     return collectives.from_rank_zero(lambda: _figures(settings, sets, probe_train, texts, prototypes, device))
 
 
-def baseline(recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32") -> dict[str, float]:
+def baseline(
+    recipe: Recipe, tokenizer: Callable, device: torch.device, precision: str = "fp32", meanwhile: Callable[[], None] = nothing
+) -> dict[str, float]:
     """``evaluate`` for the recipe's model as it is before any training, ours or others': weights drawn from ``run.seed``."""
     model = build_model(recipe, frozenset({"image", "text"}), recipe.run.seed, fresh=False)
-    return evaluate(model.to(device), recipe, tokenizer, device, precision)
+    return evaluate(model.to(device), recipe, tokenizer, device, precision, meanwhile=meanwhile)
 
 
 @functools.lru_cache(maxsize=1)

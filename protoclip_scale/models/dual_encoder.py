@@ -1,5 +1,6 @@
 """Both towers, their projections, temperatures and prototype heads: everything that is trained."""
 
+import contextlib
 import copy
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from protoclip_scale.data.transforms import normalize
 from protoclip_scale.models.batch_norm import convert_batch_norm
 from protoclip_scale.models.heads import PrototypeHead
 from protoclip_scale.models.image import ImageTower
+from protoclip_scale.models.microbatches import in_microbatches
 from protoclip_scale.models.scale import LogitScale
 from protoclip_scale.models.text import TextTower
 from protoclip_scale.recipe import schema
@@ -34,23 +36,12 @@ FEATURES = frozenset().union(*USERS.values())
 
 
 class ParameterGroup(NamedTuple):
-    """Which learning rate (``visual`` or ``other``) a parameter follows, and whether it decays."""
+    """Which learning rate (``visual`` or ``other``) a parameter follows, whether it decays, and the part it belongs to if that may enter training later than
+    the towers do."""
 
     side: str
     decay: bool
-
-
-class _JoinGraph(torch.autograd.Function):
-    """The output unchanged; the parameters get a gradient of exact zeros, whatever the output's is."""
-
-    @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.parameters = parameters
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+    later: str
 
 
 class DualEncoder(nn.Module):
@@ -59,8 +50,10 @@ class DualEncoder(nn.Module):
     ``forward`` computes the wanted features in fp32 (fp64 for fp64 weights), whatever autocast runs the towers in:
     ``image``, ``text`` unit rows [B, embed_dim]; ``image_prototype``, ``text_prototype`` unit rows [B, P], from the un-normalised
     projected outputs; ``logit_scale``, ``prototype_scale`` (1,). Projections are linear without bias, except where timm's
-    model ends in its own (``ImageTower.ends_in_projection``). Parts that are built but not wanted join the graph with a
-    gradient of exact zero, since DDP waits for every parameter. Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
+    model ends in its own (``ImageTower.ends_in_projection``). Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
+
+    ``compute_dtype``, if it is set, is what autocast runs the towers in. Everything that reads weights goes through ``forward``: where ranks hold
+    parts of them, they are put together by its hooks.
     """
 
     def __init__(self, model: schema.Model, features: frozenset[str], pretrained: bool | None = None):
@@ -82,19 +75,41 @@ class DualEncoder(nn.Module):
             self.prototype_logit_scale = LogitScale(model.logit_scale)
         self.normalization = NORMALIZATION[model.image.normalization]
         self.image_frozen = False
+        self.compute_dtype: torch.dtype | None = None
 
     def forward(
-        self, images: torch.Tensor, token_ids: torch.Tensor, token_lengths: torch.Tensor, wants: frozenset[str], records: frozenset[str] = frozenset()
+        self,
+        images: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        token_lengths: torch.Tensor | None = None,
+        *,
+        wants: frozenset[str],
+        records: frozenset[str] = frozenset(),
+        microbatch: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """The ``wants`` features of images (uint8 [B, 3, S, S], or floats that are already normalised) and captions; those of ``records`` that
-        are not wanted besides are computed without gradient, their heads as idle as if they were not asked for."""
-        assert wants | records <= self.features, f"wanted {set((wants | records) - self.features)} which the model was not built for"
+        are not wanted besides are computed without gradient, so that their heads need not train. Inputs that nothing asks for may be None.
+        Towers take at most ``microbatch`` rows at once (see ``in_microbatches``), heads all. ``token_lengths`` may lie on the CPU in any case.
+        """
+        known = self.features | {"image", "text"}
+        assert wants | records <= known, f"wanted {set((wants | records) - known)} which the model was not built for"
+        with self._autocast((token_ids if images is None else images).device):
+            return self._features(images, token_ids, token_lengths, wants, records, microbatch)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        # a cache of weights would keep gathered ones alive
+        return torch.autocast(device.type, self.compute_dtype, cache_enabled=False)
+
+    def _features(self, images, token_ids, token_lengths, wants, records, microbatch) -> dict[str, torch.Tensor]:
         outputs = {}
-        for side, project in (("image", lambda: self._project_image(images)), ("text", lambda: self._project_text(token_ids, token_lengths))):
+        for side, project, inputs in (("image", self._project_image, (images,)), ("text", self._project_text, (token_ids, token_lengths))):
             prototype, asked = f"{side}_prototype", wants | records
             if not asked & {side, prototype}:
                 continue
-            projected = project()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (side == "image" and self.image_frozen)):
+                projected = in_microbatches(project, microbatch, *inputs)
             if side in wants:
                 outputs[side] = F.normalize(projected, dim=-1)
             if prototype in asked:
@@ -104,43 +119,36 @@ class DualEncoder(nn.Module):
             outputs["logit_scale"] = self.logit_scale()
         if "prototype_scale" in wants:
             outputs["prototype_scale"] = self.prototype_logit_scale()
-        if torch.is_grad_enabled():
-            unused = [self.get_parameter(name) for name in self.head_parameters(FEATURES - wants)]
-            idle = [parameter for parameter in unused if parameter.requires_grad]
-            if idle:
-                outputs = {name: _JoinGraph.apply(output, *idle) if name in wants else output for name, output in outputs.items()}
         return outputs
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Unit embeddings [B, embed_dim] of images."""
-        return F.normalize(self._project_image(images), dim=-1)
+        return self(images, None, None, wants=frozenset({"image"}))["image"]
 
     def encode_text(self, token_ids: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor:
         """Unit embeddings [B, embed_dim] of captions."""
-        return F.normalize(self._project_text(token_ids, token_lengths), dim=-1)
+        return self(None, token_ids, token_lengths, wants=frozenset({"text"}))["text"]
 
     def normalize_images(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] -> floats with the recipe's channel means and deviations; floats pass unchanged."""
         if images.dtype != torch.uint8:
             return images
-        return normalize(images, *self.normalization).to(self.logit_scale.log.dtype)
+        return normalize(images, *self.normalization).to(next(self.parameters()).dtype)
 
     def _project_image(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.image_frozen):
-            pooled = self.image_tower(self.normalize_images(images)).pooled
-            return _in_full_precision(self.image_projection, pooled)
+        return _in_full_precision(self.image_projection, self.image_tower(self.normalize_images(images)).pooled)
 
     def _project_text(self, token_ids: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor:
-        return _in_full_precision(self.text_projection, self.text_tower(token_ids, token_lengths).pooled)
+        return _in_full_precision(self.text_projection, self.text_tower.pooled(token_ids, token_lengths))
 
     def _prototype(self, head: PrototypeHead, projected: torch.Tensor) -> torch.Tensor:
         return F.normalize(_in_full_precision(head, projected), dim=-1)
 
-    def freeze_image(self) -> None:
-        """Lock the image tower and its projection: no gradients, evaluation mode even after ``train()``."""
-        self.image_frozen = True
-        self.image_tower.requires_grad_(False)
-        self.image_projection.requires_grad_(False)
+    def train_only(self, names: frozenset[str]) -> None:
+        """Ask for gradients of these parameters alone. An image tower of which nothing trains is locked: evaluation mode even after ``train()``."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in names)
+        self.image_frozen = not any(name.startswith(("image_tower.", "image_projection.")) for name in names)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "DualEncoder":
@@ -152,12 +160,13 @@ class DualEncoder(nn.Module):
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
         """Every parameter's optimiser group (methods 6.1): ``visual`` is the image tower with its projection; no decay for
-        vectors (gains, biases, class tokens, logit scales) and prototype heads."""
+        vectors (gains, biases, class tokens, logit scales) and prototype heads. What only prototypes use may start later than the rest."""
         groups = {}
         for name, parameter in self.named_parameters():
             part = name.split(".")[0]
             is_vector = sum(size > 1 for size in parameter.shape) < 2
-            groups[name] = ParameterGroup("visual" if part in ("image_tower", "image_projection") else "other", not is_vector and not part.endswith("prototype_head"))
+            side = "visual" if part in ("image_tower", "image_projection") else "other"
+            groups[name] = ParameterGroup(side, not is_vector and not part.endswith("prototype_head"), part if "prototype" in part else "")
         return groups
 
     def head_parameters(self, feature_names: Iterable[str]) -> list[str]:

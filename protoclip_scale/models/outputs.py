@@ -1,12 +1,11 @@
-"""What every tower returns, so that token-level objectives need no towers of their own."""
+"""What every tower returns, so that token-level objectives need no towers of their own. A tuple: the hooks of sharded strategies look for tensors in those."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass
-class TowerOutput:
+class TowerOutput(NamedTuple):
     """``pooled`` [B, D] before any projection; ``tokens`` [B, T, D'] after the last norm, class token first if there is one;
     ``mask`` [B, T] true where a token counts; ``layers`` the states after each block [B, T_l, D_l], on request."""
 

@@ -13,10 +13,13 @@ from protoclip_scale.models.outputs import TowerOutput
 from protoclip_scale.recipe import schema
 
 CLIP_VOCABULARY = 49_408
+WIDTH_STEP = {"cuda": 8}  # tensor cores take eight at a time, and fewer widths make fewer kernels
+BUCKET_ROWS = {"cpu": 32, "cuda": 512}  # a GPU is busy with many tokens only
 
 
 class TextTower(nn.Module):
-    """[B, C] token ids and [B] lengths -> pooled features [B, num_features]; columns past the longest row are not computed.
+    """[B, C] token ids and [B] lengths (on any device) -> pooled features [B, num_features]; columns past the longest row are not computed (on GPUs
+    past the next multiple of 8).
 
     CLIP pools the state at ``lengths - 1``, the end token; attention is causal, so what follows it has no influence. An
     encoder pools as its folder says (sentence-transformers' ``1_Pooling``: first token or mean), without one by the mean over the
@@ -33,9 +36,12 @@ class TextTower(nn.Module):
         else:
             self.encoder, self.pooling = _encoder(settings, settings.pretrained if pretrained is None else pretrained), _pooling(settings.name)
         self.num_features = self.encoder.config.hidden_size
+        if settings.grad_checkpointing:
+            _checkpoint_activations(self.encoder, settings.name)
 
     def forward(self, token_ids: torch.Tensor, lengths: torch.Tensor, want_layers: bool = False) -> TowerOutput:
-        token_ids = token_ids[:, : max(1, int(lengths.max()))]
+        token_ids = _trimmed(token_ids, lengths)
+        lengths = lengths.to(token_ids.device, non_blocking=True)
         mask = torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None]
         # with causal attention a mask would change nothing but the speed
         output = self.encoder(input_ids=token_ids, attention_mask=None if self.causal else mask.long(), output_hidden_states=want_layers)
@@ -49,6 +55,40 @@ class TextTower(nn.Module):
             pooled = (tokens * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
         layers = tuple(output.hidden_states[1:]) if want_layers else None
         return TowerOutput(pooled, tokens, mask, layers)
+
+    def pooled(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """``forward``'s pooled features, in buckets of rows of like length, so that short captions do not pay for the padding of long ones."""
+        device, sizes = token_ids.device, bucket_sizes(len(token_ids), token_ids.device.type)
+        if len(sizes) == 1:
+            return self(token_ids, lengths).pooled
+        lengths = lengths.cpu()
+        order = lengths.argsort(stable=True)
+        token_ids, lengths = token_ids[order.to(device, non_blocking=True)], lengths[order].split(sizes)
+        if self.causal:  # embedded together: a gradient of the vocabulary's table is as large as the table
+            inputs, encode = self.encoder.embeddings(input_ids=_trimmed(token_ids, lengths[-1])), self._end_states
+        else:
+            inputs, encode = token_ids, lambda ids, lengths: self(ids, lengths).pooled
+        pooled = torch.cat([encode(*each) for each in zip(inputs.split(sizes), lengths, strict=True)])
+        return pooled.index_select(0, order.argsort().to(device, non_blocking=True))
+
+    def _end_states(self, embedded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What CLIP's encoder pools of embedded tokens [b, T, D]."""
+        states = self.encoder.encoder(inputs_embeds=_trimmed(embedded, lengths), attention_mask=None, is_causal=True).last_hidden_state
+        ends = lengths.to(states.device, non_blocking=True) - 1
+        return self.encoder.final_layer_norm(states[torch.arange(len(states), device=states.device), ends])
+
+
+def bucket_sizes(num_rows: int, device: str) -> list[int]:
+    """Rows of each bucket: a function of the number of rows, never of their lengths. Ranks with equal batches call their towers equally often, as
+    strategies need that gather weights in each call; only the widths of those calls differ."""
+    count = max(1, num_rows // BUCKET_ROWS.get(device, BUCKET_ROWS["cpu"]))
+    return [num_rows // count + (number < num_rows % count) for number in range(count)]
+
+
+def _trimmed(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[b, C, ...] without the columns behind the longest row."""
+    step = WIDTH_STEP.get(tokens.device.type, 1)
+    return tokens[:, : max(1, -(-int(lengths.max()) // step) * step)]
 
 
 def _clip(settings: schema.TextTower) -> CLIPTextModel:
@@ -95,6 +135,14 @@ def _encoder(settings: schema.TextTower, pretrained: bool) -> nn.Module:
     if positions and settings.context_length > positions:
         raise UserError(f"model.text.context_length {settings.context_length} is more than the {positions} positions of model.text.name {name}; lower it")
     return encoder
+
+
+def _checkpoint_activations(encoder: nn.Module, name: str) -> None:
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable  # the name has changed in transformers 5
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"model.text.grad_checkpointing: {error} Set it to false, or choose another model.text.name than {name}") from error
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,9 +1,9 @@
 """CLIP's contrastive loss: InfoNCE between images and texts of the global batch (methods 1.2)."""
 
 import torch
-from torch.nn import functional as F
 
 from protoclip_scale.objectives.base import Objective, Targets
+from protoclip_scale.objectives.tiled import tiled_cross_entropy
 from protoclip_scale.recipe.schema import ObjectiveSettings
 
 
@@ -19,13 +19,11 @@ def clip_loss(
     scale: torch.Tensor,
     columns_B: torch.Tensor,
 ) -> torch.Tensor:
-    """(CE(s I T*', y) + CE(s T I*', y)) / 2 over the local rows B and the gathered columns N, in the features' precision.
+    """(CE(s I T*', y) + CE(s T I*', y)) / 2 over the local rows B and the gathered columns N, in fp32 at least.
 
-    Costs two [B, N] matrices. ``columns_B`` holds the column of each row's own partner.
+    ``columns_B`` holds the column of each row's own partner. Memory is linear in the batch (see ``tiled_cross_entropy``).
     """
-    image_logits_BN = scale * image_BD @ all_text_ND.T
-    text_logits_BN = scale * text_BD @ all_image_ND.T
-    return 0.5 * (F.cross_entropy(image_logits_BN, columns_B) + F.cross_entropy(text_logits_BN, columns_B))
+    return 0.5 * (tiled_cross_entropy(image_BD, all_text_ND, scale, columns_B) + tiled_cross_entropy(text_BD, all_image_ND, scale, columns_B))
 
 
 class Contrastive(Objective):

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from protoclip_scale import standing
 from protoclip_scale.prototypes.assign import UNIT, Targets, decide, direct, propose
 from protoclip_scale.prototypes.fixed_point import Extent, add_rows, reduce_tensor, unit_exponent
 from protoclip_scale.prototypes.mapped import let_pages_go
@@ -85,6 +86,7 @@ class Sweeps:
 
     def _tile(self, lane: int, tile: slice, front: "_Front", sums: torch.Tensor, counts: torch.Tensor) -> int:
         """Searches one tile of a lane; the number of its labels that changed."""
+        standing.got_on()
         labels, squared, bounds = self.labels[lane][tile], self.squared[lane][tile], self.bounds[lane][tile]
         farthest = front.descending[0]
         own_moved = (labels < 0) | (front.movement[labels.clamp_min(0)] > 0)

@@ -13,15 +13,16 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 from protoclip_scale.recipe.names import nearest, objective_module
 from protoclip_scale.recipe.problems import located, one_line
-from protoclip_scale.recipe.redact import redacted
 from protoclip_scale.recipe.rules import contradictions
+from protoclip_scale.redact import redacted
 
+SCHEMA = 1  # of recipe files; one that does not say has this release's
 # Paths in a file are relative to that file, under --set to the working directory. The second group also takes names, so only ./ ../ ~ mark a path.
 PATHS = ("data.root", "objectives.*.features")
 PATHS_OR_NAMES = ("model.init_from", "model.text.name")
 # What a run may change when it goes on; schedule.total only with --extend.
 # The data may lie elsewhere: its fingerprint is compared.
-MAY_CHANGE = ("run.*", "evaluation.*", "data.root", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.prepare")
+MAY_CHANGE = ("run.*", "evaluation.*", "optim.microbatch", "data.root", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.prepare")
 
 
 class _Origin(NamedTuple):
@@ -95,7 +96,7 @@ def _read(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], dict[tu
 
 def dump(recipe: schema.Recipe) -> str:
     """The resolved recipe as YAML, every default written out, secrets replaced by ***. ``load_recipe`` reads it back."""
-    return yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump({"schema": SCHEMA} | redacted(recipe), sort_keys=False, allow_unicode=True, width=120)
 
 
 def diff(old: schema.Recipe, new: schema.Recipe, extend: bool = False) -> list[str]:
@@ -145,6 +146,8 @@ def _parse(path: Path, children: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: found {type(tree).__name__}, a recipe is a YAML mapping of sections; --help lists them")
+    if (version := tree.pop("schema", SCHEMA)) != SCHEMA:
+        raise UserError(f"{path}: schema: found {version!r}, this release reads recipes of schema {SCHEMA}; use the release that wrote it, or write the recipe anew (--help)")
     return _unshared(tree)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 _PACKAGE = "protoclip_scale.objectives"
+_SHARED = ("base", "tiled")  # modules of the package that are no objectives
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -19,7 +20,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def objective_names() -> list[str]:
     """The objectives that exist."""
     package = importlib.import_module(_PACKAGE)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in _SHARED)
 
 
 def objective_module(name: str) -> ModuleType:

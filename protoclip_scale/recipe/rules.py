@@ -203,13 +203,31 @@ def _evaluation_sets_exist(recipe: Recipe) -> Iterator[str]:
 
 
 def _folders_use_known_names(recipe: Recipe) -> Iterator[str]:
-    for key, names in (("dir", ("name",)), ("scratch_dir", ("dir", "name"))):
-        text = getattr(recipe.run, key)
+    for key, names in (("dir", ("name",)), ("scratch_dir", ("dir", "name")), ("copy_to", ("name",))):
+        text = getattr(recipe.run, key) or ""
         try:
             text.format(**dict.fromkeys(names, "x"))
         except (KeyError, IndexError, ValueError):
             usable = " and ".join(f"{{{name}}}" for name in names)
             yield f"run.{key} {text!r} holds braces that mean nothing; only {usable} can stand in it"
+
+
+def _microbatches_exist(recipe: Recipe) -> Iterator[str]:
+    if recipe.run.allow_batchnorm_microbatches and recipe.optim.microbatch is None:
+        yield "run.allow_batchnorm_microbatches true has no effect with optim.microbatch null: no batch is cut; remove it, or set optim.microbatch"
+
+
+def _kept_checkpoints_exist(recipe: Recipe) -> Iterator[str]:
+    run, episode = recipe.run, steps_per_episode(recipe)
+    if not run.keep_every_steps:
+        return
+    if not run.keep_checkpoints:
+        yield f"run.keep_every_steps {run.keep_every_steps} has no effect with run.keep_checkpoints 0, which keeps all; remove it, or name how many of the newest to keep"
+    elif run.keep_every_steps % episode and (not run.checkpoint_steps or run.keep_every_steps % run.checkpoint_steps):
+        yield (
+            f"run.keep_every_steps {run.keep_every_steps} is a multiple neither of run.checkpoint_steps {run.checkpoint_steps} nor of the {episode} steps of an episode, "
+            "so no checkpoint may have such a step; choose a multiple"
+        )
 
 
 RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
@@ -226,4 +244,6 @@ RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _rates_below_the_peak,
     _evaluation_sets_exist,
     _folders_use_known_names,
+    _microbatches_exist,
+    _kept_checkpoints_exist,
 )

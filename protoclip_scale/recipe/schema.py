@@ -204,6 +204,7 @@ class TextTower(Section):
     heads: Positive = Field(8, description="Attention heads of CLIP's text transformer.")
     layers: Positive = Field(12, description="Layers of CLIP's text transformer.")
     activation: Literal["gelu", "quick_gelu"] = Field("gelu", description="Activation of CLIP's text transformer; the original used quick_gelu.")
+    grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -314,6 +315,7 @@ class Optim(Section):
     weight_decay: float = Field(0.2, ge=0, description="Decoupled weight decay; none for gains, biases, batch norm, logit scales and prototype heads.")
     max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
+    microbatch: Positive | None = Field(None, description="Rows per rank that the towers take at once; the step is that of the whole batch all the same, at the cost of one more forward pass of the towers. null takes all local rows.")
     nonfinite_skips: int = Field(10, ge=0, description="Steps in a row that may be skipped for a non-finite loss before the run stops.")
 
     @field_validator("betas")
@@ -382,11 +384,17 @@ class Run(Section):
     seed: int = Field(0, ge=0, description="Seed of the initial weights.")
     checkpoint_steps: int = Field(0, ge=0, description="Save every n steps besides episode ends; 0 saves at episode ends only.")
     keep_checkpoints: int = Field(0, ge=0, description="Newest checkpoints kept; 0 keeps all.")
+    keep_every_steps: int = Field(0, ge=0, description="Checkpoints kept for ever besides the newest: those whose step is a multiple of this; 0 keeps none besides.")
+    weights: bool = Field(True, description="Write the model's whole weights into each checkpoint as weights.safetensors too, for any safetensors reader; 4 bytes per parameter, a third more, which rank 0 writes while the others wait.")
+    copy_to: str | None = Field(None, description="Folder or fsspec URL (s3://, gs://, ...) that published checkpoints are copied to in the background; where the run directory is empty the run goes on from there. {name} is the recipe's.")
     log_steps: Positive = Field(10, description="Steps between lines of the log and of metrics.jsonl.")
     export: Literal["open_clip"] | None = Field(None, description="Layout of the export written to the run directory at the end; null writes none (launch/export.py can later).")
     trace_rows: bool = Field(False, description="Write which row stood in which step to trace/.")
     threads: int = Field(0, ge=0, description="CPU threads per rank; 0 gives each rank its share of the cores on a machine without a GPU.")
-    timeout_minutes: float = Field(30, gt=0, description="How long a collective may wait before the run fails.")
+    allow_batchnorm_microbatches: bool = Field(False, description="Let optim.microbatch cut the batch of towers with batch norm: its statistics are then those of each micro-batch over all ranks, so the step is not that of the whole batch, and running statistics move once per micro-batch.")
+    timeout_minutes: float = Field(30, gt=0, description="How long a collective may wait before the run fails. Half a minute is 0.5.")
+    hang_seconds: float = Field(300, gt=0, description="With several ranks: when none of them gets on for so long, the log names those that are late, which write their stacks to hangs/.")
+    learning_watch_steps: int = Field(1000, ge=0, description="From this step on, a CLIP loss within 1% of ln(global batch) is warned about, once; 0 never.")
 
 
 class Expected(Section):

@@ -17,6 +17,7 @@ from typing import Any
 import rich.console
 from rich.console import RenderableType
 
+from protoclip_scale.redact import redact_text
 from protoclip_scale.report import plain
 from protoclip_scale.report.evaluation_table import evaluation_lines
 from protoclip_scale.report.panel import LivePanel
@@ -118,6 +119,7 @@ class DrawingConsole(Console):
             self.log_path = None
 
     def _line(self, text: str, style: str = "") -> None:
+        text = redact_text(text)
         self.last_line = self.progress.clock()
         self._log(text)
         self._put("line", text, style)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from protoclip_scale.redact import redact_text
+
 DASH = "-"
 LOSS = "loss/"
 SCALE = "scale/"
@@ -120,8 +122,8 @@ def step_line(figures: Mapping[str, Any], episode: str = "") -> str:
 
 
 def append_log(path: Path, text: str) -> None:
-    """Append to a log, each line with the local date and time; a folder that is missing is made."""
+    """Append to a log, each line with the local date and time, without secrets; a folder that is missing is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     with path.open("a", encoding="utf-8", errors="replace") as log:
-        log.write("".join(f"{stamp} {line}".rstrip() + "\n" for line in text.splitlines() or [""]))
+        log.write("".join(f"{stamp} {line}".rstrip() + "\n" for line in redact_text(text).splitlines() or [""]))

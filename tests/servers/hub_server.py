@@ -1,4 +1,4 @@
-"""The datasets part of the Hugging Face Hub, read only, from folders: one folder per commit, the last one is ``main``.
+"""Datasets and models of the Hugging Face Hub, read only, from folders: one folder per commit, the last one is ``main``.
 
 ``python -m tests.servers.hub_server --repo org/name --commit DIR_1 --commit DIR_2``; clients find it by HF_ENDPOINT, with HF_HUB_DISABLE_XET=1.
 Commit number n has the id ``commit_id(n)``. Parquet files are served as the Hub serves LFS files: by a redirect to another address.
@@ -38,7 +38,7 @@ def entry(root: Path, path: Path) -> dict:
 
 
 class Repository:
-    """One dataset and its commits."""
+    """One dataset or model and its commits."""
 
     def __init__(self, name: str, folders: list[Path]):
         self.name = name
@@ -116,6 +116,11 @@ def application(repository: Repository) -> web.Application:
     app.router.add_get(api + "/tree/{revision:[^/]+}/{path:.*}", repository.tree)
     app.router.add_post(api + "/paths-info/{revision:[^/]+}", repository.paths)
     app.router.add_get(dataset + "/resolve/{revision:[^/]+}/{path:.+}", repository.resolve)
+    app.router.add_get("/api/models/{owner}/{name}", repository.info)
+    app.router.add_get("/api/models/{owner}/{name}/revision/{revision:[^/]+}", repository.info)
+    app.router.add_get("/api/models/{owner}/{name}/tree/{revision:[^/]+}", repository.tree)
+    app.router.add_get("/api/models/{owner}/{name}/tree/{revision:[^/]+}/{path:.*}", repository.tree)
+    app.router.add_get("/{owner}/{name}/resolve/{revision:[^/]+}/{path:.+}", repository.resolve)
     app.router.add_get("/lfs/{blob}", repository.blob)
 
     async def unknown(request: web.Request) -> web.Response:

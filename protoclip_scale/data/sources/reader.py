@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from protoclip_scale import standing
 from protoclip_scale.data.sources import fingerprint, hub, scans
 from protoclip_scale.data.sources.cells import merged_text_type, merged_type
 from protoclip_scale.data.sources.columns import extra_type
@@ -170,6 +171,7 @@ class BlockReader:
         def scan(place: Place) -> None:
             nonlocal saved
             made[place.path] = self._retry(lambda: layout.scan(place, self.source, self.limits), "looking through the file", place.url)
+            standing.got_on()
             with saving:
                 if layout.cacheable and time.monotonic() - saved > SAVE_SECONDS:
                     cache.save(done())

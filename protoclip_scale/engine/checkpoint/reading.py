@@ -1,0 +1,98 @@
+"""Tensors out of a checkpoint, whoever wrote which range of them: only what is asked for is read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protoclip_scale.engine.checkpoint.finding import find
+from protoclip_scale.engine.checkpoint.shards import Shard
+from protoclip_scale.errors import UserError
+
+_OPEN_FILES = 128
+
+
+class Reader:
+    """The named tensors of a checkpoint, on the CPU.
+
+    Memory is what was asked for. Raises UserError, naming the file, where values cannot be read; ``find`` has compared digests before.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
+        self._files = list(manifest["files"])
+        self._shards: dict[str, Shard] = {}
+        self._old_spans = self._spans_of_files() if manifest["schema"] == 1 else {}
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [name for name in self._tensors if name.startswith(prefix)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, self._tensors[name]["dtype"])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        shape = self.shape(name)
+        return self.slice(name, 0, torch.Size(shape).numel()).reshape(shape)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Values [start, stop) of the flattened tensor, 1-D."""
+        values = torch.empty(stop - start, dtype=self.dtype(name))
+        found = 0
+        for file, first, end in self._old_spans.get(name) or self._tensors[name].get("pieces", ()):
+            low, high = max(first, start), min(end, stop)
+            if low < high:
+                self._read(values[low - start : high - start], self._files[file], f"{name}@{first}", low - first)
+                found += high - low
+        if found != stop - start:
+            raise UserError(f"checkpoint {self.folder}: {name} has {found} of {stop - start} values; resume from another checkpoint with --resume")
+        return values
+
+    def _read(self, out: torch.Tensor, file: str, key: str, start: int) -> None:
+        try:
+            self._shard(file).read_into(out, key, start)
+        except KeyError:
+            raise self._unreadable(file, f"it holds no {key}") from None
+        except (OSError, ValueError) as error:
+            raise self._unreadable(file, error) from None
+
+    def _shard(self, file: str) -> Shard:
+        if file not in self._shards:
+            if len(self._shards) == _OPEN_FILES:
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[file] = Shard(self.folder / file)
+        return self._shards[file]
+
+    def _unreadable(self, file: str, why: object) -> UserError:
+        return UserError(f"checkpoint {self.folder}: {file} cannot be read ({why}); resume from another checkpoint with --resume")
+
+    def _spans_of_files(self) -> dict[str, list[tuple[int, int, int]]]:
+        """(number of the file, start, stop) of every tensor's pieces, as the files themselves say."""
+        spans: dict[str, list[tuple[int, int, int]]] = {}
+        for number, file in enumerate(self._files):
+            try:
+                for key, _, (length,) in self._shard(file).entries():
+                    name, _, start = key.rpartition("@")
+                    spans.setdefault(name, []).append((number, int(start), int(start) + length))
+            except (OSError, ValueError) as error:
+                raise self._unreadable(file, error) from None
+        return spans
+
+
+def read_tensors(folder: Path, manifest: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors whose names start with ``prefix``."""
+    reader = Reader(folder, manifest)
+    return {name: reader.tensor(name) for name in reader.names(prefix)}
+
+
+def read_weights(run_dir: Path | str, chosen: str = "latest") -> dict[str, torch.Tensor]:
+    """The state dict of a run's model, without the optimiser's half."""
+    folder, manifest, _ = find(Path(run_dir), chosen)
+    return {name.removeprefix("model/"): tensor for name, tensor in read_tensors(folder, manifest, "model/").items()}

@@ -1,0 +1,99 @@
+"""A trainer under a strategy, in one of several processes, for the tests of strategies."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from protoclip_scale import collectives
+from protoclip_scale.data.batches import EpisodeBatches
+from protoclip_scale.data.index import build_index, open_readers
+from protoclip_scale.data.plan import Plan, lanes_of
+from protoclip_scale.data.spool import Spool
+from protoclip_scale.data.tokenizers import tokenizer_for
+from protoclip_scale.engine import checkpoint
+from protoclip_scale.engine import strategy as strategies
+from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.engine.strategy.fsdp import FullySharded
+from protoclip_scale.engine.trainer import Trainer
+from protoclip_scale.objectives import build_objectives
+from protoclip_scale.prototypes.episode import EpisodePrototypes
+from protoclip_scale.recipe import Recipe, load_recipe
+from tests.support import RECIPES, TINY, TINY_PROTOTYPES, zero_environment
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+OBJECTIVES = ("clip", "prototype", "teacher")
+SPOOL = "strategies"
+
+
+def recipe_with(objective: str, *more: str) -> Recipe:
+    """The demo recipe with one objective alone."""
+    if objective == "clip":
+        return load_recipe(RECIPES / "demo_clip.yaml", [*TINY, *more])
+    weights = [f"objectives.{name}.weight={float(name == objective)}" for name in OBJECTIVES]
+    return load_recipe(RECIPES / "demo.yaml", [*TINY_PROTOTYPES, "episodes.warmup=0", *weights, *more])
+
+
+def drawn_prototypes(recipe: Recipe, dtype: torch.dtype, episode: int) -> EpisodePrototypes:
+    """Prototypes as an episode would hand them over, from a seed: the law is about what is done with them."""
+    generator = torch.Generator().manual_seed(3)
+    clusters, dim = recipe.prototypes.clusters, recipe.model.prototype_heads.dim
+    names = ("image_centroids", "text_centroids", "image_from_text", "text_from_image", "image_from_teacher", "text_from_teacher")
+    centroids = {name: (torch.randn(clusters, dim, generator=generator, dtype=torch.float64) * 0.3).to(dtype) for name in names}
+    rows = recipe.data.plan.episode_size
+    labels = {name: torch.randint(clusters, (rows,), generator=generator, dtype=torch.int32) for name in ("image", "text", "teacher")}
+    return EpisodePrototypes(episode, centroids, labels)
+
+
+def environment(strategy: str, ranks: int) -> dict[str, str]:
+    """Of a process under one of ``STRATEGIES``. Accelerate has FSDP2 on GPUs only; over gloo the strategy itself runs all the same (see ``trainer_of``)."""
+    if strategy == "fsdp2":
+        return {"TEST_FSDP2": "true"}
+    return zero_environment(int(strategy.removeprefix("zero")), ranks) if strategy.startswith("zero") else {}
+
+
+def fill_spool(folder: str | Path, recipe: Recipe, episode: int) -> str:
+    plan = Plan(build_index(recipe.data), recipe.data.plan)
+    Spool(folder, SPOOL).fill(plan.episode(episode), episode, range(recipe.data.plan.lanes), open_readers(recipe.data))
+    return str(folder)
+
+
+def trainer_of(recipe: Recipe, accelerator) -> Trainer:
+    """Not built yet."""
+    plan = Plan(build_index(recipe.data), recipe.data.plan)
+    make = FullySharded if os.environ.get("TEST_FSDP2") else strategies.make_strategy
+    strategy = make(accelerator, strategies.Precision(recipe.optim.precision, accelerator.device))
+    return Trainer(recipe, strategy, build_objectives(recipe), Schedule(recipe, plan.steps_per_episode, plan.num_rows))
+
+
+def batches_of(recipe: Recipe, spool_folder: str, episode: int) -> EpisodeBatches:
+    """This rank's training batches of an episode in the spool."""
+    plan = Plan(build_index(recipe.data), recipe.data.plan)
+    lanes = lanes_of(collectives.rank(), collectives.world_size(), recipe.data.plan.lanes)
+    return EpisodeBatches(recipe.data, recipe.model.image.size, tokenizer_for(recipe.model.text), plan.episode(episode), Spool(spool_folder, SPOOL), lanes, "train", 0)
+
+
+def saved(trainer: Trainer, folder: Path) -> checkpoint.Reader:
+    """A checkpoint of the trainer as it is now; a collective."""
+    checkpoint.save(folder, trainer.strategy.pieces(), {"attempt": 1}, lambda: None)
+    return checkpoint.Reader(folder, checkpoint.facts(folder))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights and buffers; a collective."""
+    return {name: tensor.detach().clone() for name, tensor in trainer.strategy.full_weights()}
+
+
+def largest_difference(expected: dict[str, torch.Tensor | None], found: dict[str, torch.Tensor | None]) -> float:
+    """The largest difference of any tensor, relative to that tensor's largest value; infinite if it is missing.
+
+    Tensors that are zero but for rounding (the gradient of a bias in front of batch norm, or of a key's bias in attention) must be so in both.
+    """
+    assert expected.keys() == found.keys()
+    largest = {name: 0.0 if tensor is None else tensor.abs().max().item() for name, tensor in expected.items()}
+    nothing = 1e-6 * max(value for name, value in largest.items() if name != "loss")
+    used = [name for name, value in largest.items() if value > nothing]
+    assert len(used) > 20
+    assert all(found[name] is None or found[name].abs().max() <= nothing for name in largest if name not in used)
+    return max(((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item() if found[name] is not None else math.inf for name in used)
