@@ -195,30 +195,40 @@ def store(server, tmp_path, monkeypatch) -> str:
     return f"s3://copies/{tmp_path.name}"
 
 
-def test_a_store_that_goes_down_holds_no_half_checkpoint_and_gets_the_rest_when_it_is_back(server, store, run, tmp_path):
-    """It answers 503 from the moment the first checkpoint's files are there, before its manifest."""
-    saved_step = checkpoint.folder_of(run, 1)
-    for other in (2, 3):
-        shutil.rmtree(checkpoint.folder_of(run, other))
-    shutil.rmtree(checkpoint.prototypes_folder(checkpoint.folder_of(run, 2)))
-    place = Copies(store, 0)
+def test_a_store_that_goes_down_holds_no_half_checkpoint_and_gets_the_rest_when_it_is_back(server, store, tmp_path):
+    """It answers 503 from the middle of a checkpoint's files on; an older checkpoint of that step had been copied."""
+    run, place = tmp_path / "run", Copies(store, 0)
     place.announce(1, RUN_ID)
-    place.put(saved_step)
-    assert place.names() == []
-    server.faults(down_from=1)
+    for shift in (1, 2):
+        folder = saved(run, tensors(shift), 1, file_bytes=100_000)
+        if shift == 1:
+            place.put(folder)
+            assert place.names() == []
+            place.complete(folder)
+            assert ask(place).steps == (1,)
+    server.faults(down_from=10)
     copying = copier(run, store)
     copying.finish(1.0)
     assert any("503" in line and "trying again" in line for line in copying.news())
-    server.faults(unavailable_every=4)
+    begun = _written(server)
+    assert begun[0] == ("DELETE", "manifest.json") and 1 <= len([name for _, name in begun if "shard" in name]) < 5
+    server.faults(unavailable_every=6)
     copying.finish(60)
+    put = [name for method, name in _written(server) if method == "PUT"]
+    assert put[-1] == "manifest.json" and put.count("manifest.json") == 1 and len({name for name in put if "shard" in name}) == 5
     assert any(line.startswith("copied checkpoints/step-00000001 to s3://copies/") for line in copying.news())
     server.faults()
-    assert ask(place).steps == (1,)
     assert bring(place, [1], tmp_path / "elsewhere")[0] == 1
     folder, manifest, _ = checkpoint.find(tmp_path / "elsewhere", "latest")
-    assert equal(checkpoint.read_tensors(folder, manifest), tensors(1))
+    assert equal(checkpoint.read_tensors(folder, manifest), tensors(2))
     place.set_aside(after=0, attempt=2)
     assert place.steps() == []
+
+
+def _written(server: Server) -> list[tuple[str, str]]:
+    """(method, file) of what has changed a checkpoint's copy, in order."""
+    done = [request for request in server.requests() if request["answer"] in (200, 204) and "/checkpoints/" in request["path"]]
+    return [(request["method"], request["path"].partition("?")[0].rpartition("/")[2]) for request in done if request["method"] in ("PUT", "DELETE")]
 
 
 def test_an_empty_directory_does_not_start_anew_while_the_copies_do_not_answer(server, store, tmp_path):

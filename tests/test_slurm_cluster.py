@@ -30,7 +30,7 @@ ON_PROCESSORS = {"PROTOCLIP_ACCELERATE": "launch/accelerate/cpu.yaml", "PROTOCLI
 class Job:
     """A submitted job and its log."""
 
-    def __init__(self, cluster: Cluster, number: int, log: Path):
+    def __init__(self, cluster: Cluster, number: int | str, log: Path):
         self.cluster, self.number, self._log = cluster, number, log
 
     @property
@@ -181,6 +181,22 @@ def test_nodes_know_their_numbers_and_a_restart_resumes(stand_in):
 
 
 # What Slurm accepts --------------------------------------------------------------------------------------------------
+
+
+def test_one_job_of_an_array_is_stopped_and_started_again_alone(stand_in):
+    """The last job of an array has the array's number: a command for that number would go to all of them."""
+    script = stand_in.checkout / "array.sbatch"
+    on_processors = ("--nodes", "1", "--gpus-per-node", "0", "--accelerate", "launch/accelerate/cpu.yaml")
+    script.write_text(printed_by_submit("recipes/demo_clip.yaml", "recipes/demo.yaml", *on_processors).replace(str(ROOT), str(stand_in.checkout)))
+    (stand_in.checkout / "logs").mkdir(exist_ok=True)
+    number = stand_in.cluster.submit(script, cwd=stand_in.checkout, environment=stand_in.environment | {"STAND_IN": "saves,done"})
+    jobs = {task: Job(stand_in.cluster, f"{number}_{task}", stand_in.checkout / f"logs/demo_clip-and-1-more-{number}_{task}.out") for task in (1, 0)}
+    until(lambda: all("start 0" in job.log for job in jobs.values()), "both train")
+    for task, job in jobs.items():
+        stand_in.cluster.login.run("scancel", "--signal=USR1", "--batch", f"{number}_{task}")
+        job.ended(restarts=1)
+        if task:
+            assert stand_in.cluster.state(f"{number}_0") == "RUNNING", jobs[0].log
 
 
 def printed_by_submit(*arguments: str) -> str:

@@ -82,7 +82,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 250
     while not ((run / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(run, "train"))):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes), "no step was taken"
         time.sleep(0.05)

@@ -6,7 +6,7 @@ import socket
 import time
 from pathlib import Path
 
-from protoclip_scale import collectives
+from protoclip_scale import collectives, standing
 from protoclip_scale.errors import UserError
 
 LOOKS = 10  # a second apart: network file systems show new files late
@@ -20,6 +20,7 @@ def check_shared(folder: Path, attempt: int) -> None:
         blind = [host for sees, host in collectives.all_gather_objects((_read(claim) == expected, socket.gethostname())) if not sees]
         if not blind:
             return
+        standing.got_on()
         time.sleep(1 if look + 1 < LOOKS else 0)
     raise UserError(
         f"{folder} is another folder on {', '.join(sorted(set(blind)))} than on rank 0's host: attempt {attempt}, which rank 0 has begun, is not in it; "

@@ -169,7 +169,7 @@ class Watch(NoWatch):
             text, late = view.late(now)
             line = f"no progress for {seconds:.0f} s: {text}"
             told_by = min({*view.others(), self._me} - {*view.silent(SILENT_SECONDS)})
-        if self._me in late:
+        if self._me in late and self._folder.is_dir():  # it may be another one here
             stacks.dump(self._folder / "hangs" / f"rank-{self._me:05d}.txt", line)
         if self._me == told_by:
             self._tell(line)
