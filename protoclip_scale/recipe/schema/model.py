@@ -1,0 +1,73 @@
+"""Towers, projections and heads."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from protoclip_scale.recipe.schema.section import Positive, Section
+
+LN_100 = math.log(100)
+
+
+class ImageTower(Section):
+    """The image encoder, a timm model."""
+
+    name: str = Field(description="Any timm model, for instance resnet50_clip or vit_base_patch32_clip_224.")
+    pretrained: bool = Field(False, description="Start from timm's published weights.")
+    size: Positive = Field(224, description="Side of the square input, in pixels.")
+    normalization: Literal["clip", "imagenet"] = Field("clip", description="Channel means and deviations; they travel with the export.")
+    grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+
+
+class TextTower(Section):
+    """The text encoder: CLIP's causal transformer, or any transformers encoder."""
+
+    name: str = Field("clip", description="clip, or the name or folder of a transformers text encoder, which brings its own tokenizer, pooling and length.")
+    pretrained: bool = Field(False, description="For a transformers encoder: start from its published weights.")
+    context_length: Positive = Field(77, description="Tokens per caption, start and end included; longer ones are cut, the end token kept.")
+    width: Positive = Field(512, description="Width of CLIP's text transformer.")
+    heads: Positive = Field(8, description="Attention heads of CLIP's text transformer.")
+    layers: Positive = Field(12, description="Layers of CLIP's text transformer.")
+    activation: Literal["gelu", "quick_gelu"] = Field("gelu", description="Activation of CLIP's text transformer; the original used quick_gelu.")
+    grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        if self.name == "clip" and self.width % self.heads:
+            raise ValueError(f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}")
+        return self
+
+
+class PrototypeHeads(Section):
+    """The MLPs that map both towers' outputs into the space of the prototypes (methods 6.1)."""
+
+    dim: Positive = Field(128, description="Width of the prototype space.")
+    hidden_dim: Positive = Field(2048, description="Width of the hidden layers.")
+    hidden_layers: int = Field(1, ge=0, description="Hidden layers, each with batch norm and ReLU; 0 is one linear map.")
+
+
+class LogitScale(Section):
+    """The learned inverse temperatures, as logarithms; bounded in the forward pass."""
+
+    init: float = Field(math.log(1 / 0.07), description="Initial value of the logarithm.")
+    minimum: float = Field(0.0, description="Lower bound of the logarithm.")
+    maximum: float = Field(LN_100, description="Upper bound of the logarithm; ln 100.")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if not self.minimum <= self.init <= self.maximum:
+            raise ValueError(f"model.logit_scale.init {self.init:.4g} lies outside model.logit_scale.minimum {self.minimum:.4g} and model.logit_scale.maximum {self.maximum:.4g}")
+        return self
+
+
+class Model(Section):
+    """Towers, projections and heads."""
+
+    embed_dim: Positive = Field(512, description="Width of the shared embedding.")
+    image: ImageTower = Field(description="The image encoder.")
+    text: TextTower = Field(TextTower(), description="The text encoder.")
+    prototype_heads: PrototypeHeads = Field(PrototypeHeads(), description="Heads used by the objectives prototype and teacher.")
+    logit_scale: LogitScale = Field(LogitScale(), description="Start and bounds of both temperatures.")
+    norm_groups: Positive = Field(1, description="Batch-norm statistics are taken over this many equal groups of lanes; 1 is the whole global batch.")
+    init_from: str | None = Field(None, description="Start from the weights of a run directory, an export, an open_clip tag (open_clip:NAME/TAG) or a transformers CLIP; the optimiser starts fresh.")

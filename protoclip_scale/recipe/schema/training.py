@@ -1,0 +1,115 @@
+"""What is trained on: objectives, episodes, clustering, optimiser and schedule."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from protoclip_scale.recipe.schema.section import Positive, Section
+
+
+class ObjectiveSettings(Section):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0, description="Factor of this loss in the sum.")
+
+
+class Lit(Section):
+    """The locked-image ending: CLIP's loss alone, with the image tower frozen."""
+
+    start: Positive = Field(description="First locked episode, counted from 1 as in the published commands.")
+    variant: Literal["paper", "reference"] = Field("paper", description="paper: the image tower is frozen, batch norm too. reference: only its learning rate is 0, as in the published code.")
+    lr: float | None = Field(None, gt=0, description="Peak learning rate of a fresh cosine over the locked episodes; null goes on with the text side's schedule.")
+
+    @model_validator(mode="after")
+    def _reference_keeps_its_schedule(self):
+        if self.variant == "reference" and self.lr is not None:
+            raise ValueError("episodes.lit.lr has no effect with episodes.lit.variant reference; remove it or set variant to paper")
+        return self
+
+
+class Episodes(Section):
+    """What changes from episode to episode."""
+
+    warmup: int = Field(1, ge=0, description="First episodes that train the contrastive loss alone; they are not clustered.")
+    lit: Lit | None = Field(None, description="The locked-image ending, or null.")
+
+
+class Prototypes(Section):
+    """Clustering between episodes (methods 6.2)."""
+
+    clusters: Positive = Field(20_000, description="K, the number of prototypes of each modality.")
+    iterations: Positive = Field(20, description="k-means iterations at most.")
+    restarts: Positive = Field(3, description="k-means starts; the one with the best objective is kept.")
+    start: Literal["random", "kmeans++"] = Field("random", description="random: distinct rows, as the paper; kmeans++: distinct rows drawn far from those drawn before, in a few rounds.")
+    warm_start: bool | None = Field(None, description="The first start is the last episode's centroids; null is true with refresh online, false otherwise.")
+    settled: float = Field(0.0, ge=0, lt=1, description="k-means stops when at most this share of rows changes its cluster in an iteration; 0 stops when none does.")
+    spherical: bool = Field(False, description="Centroids are scaled to unit length in every iteration; the paper's are plain means.")
+    engine: Literal["faiss", "torch"] = Field("faiss", description="Which library searches the nearest centroid.")
+    distances: Literal["fp32", "tf32", "bf16"] = Field("fp32", description="Products of the torch engine, summed in fp32; tf32 needs a GPU. Distances in the objective are fp32 always.")
+    refresh: Literal["episode", "recorded", "online"] = Field(
+        "episode",
+        description="Where student features come from. episode: an extraction pass before each episode, the paper's method. recorded: what training recorded at each row's "
+        "previous visit. online: what training recorded in the episode before; labels are each batch's nearest centroids.",
+    )
+    normalize_centroids: bool = Field(False, description="Scale centroids to unit length before targets are formed; the reference does not.")
+    quality_rows: int = Field(2000, ge=0, description="Rows of a fixed sample on which each clustering's silhouette and feature diagnostics are measured; 0 measures none.")
+    pictures: int = Field(12, ge=0, description="Prototypes drawn as an image grid in episodes that end with an evaluation; 0 draws none.")
+
+    @property
+    def starts_warm(self) -> bool:
+        return self.refresh == "online" if self.warm_start is None else self.warm_start
+
+    @model_validator(mode="after")
+    def _precision_has_an_effect(self):
+        if self.distances != "fp32" and self.engine != "torch":
+            raise ValueError(f"prototypes.distances {self.distances} has no effect with prototypes.engine {self.engine}, which searches in fp32; set engine to torch")
+        return self
+
+
+class Optim(Section):
+    """AdamW, precision and clipping."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates.")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.2, ge=0, description="Decoupled weight decay; none for gains, biases, batch norm, logit scales and prototype heads.")
+    max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
+    microbatch: Positive | None = Field(None, description="Rows per rank that the towers take at once; the step is that of the whole batch all the same, at the cost of one more forward pass of the towers. null takes all local rows.")
+    nonfinite_skips: int = Field(10, ge=0, description="Steps in a row that may be skipped for a non-finite loss before the run stops.")
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"optim.betas {list(betas)}: each must be at least 0 and less than 1")
+        return betas
+
+
+class Schedule(Section):
+    """How long to train, and the learning rate as a pure function of the step."""
+
+    total: str = Field(description="Length of the run: '100 episodes', '32 epochs' or '5000 steps'.")
+    warmup_steps: int = Field(2000, ge=0, description="Steps of linear warm-up; less than the run's steps.")
+    warmup_lr: float = Field(0.0, ge=0, description="Learning rate at which the declip form starts.")
+    final_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
+    form: Literal["protoclip", "declip"] = Field("protoclip", description="protoclip: lr (step+1)/warmup; declip: from warmup_lr to lr over warmup-1 steps, counted from 1.")
+
+    @field_validator("total", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> str:
+        if not re.fullmatch(r"\s*(\d+|(\d+\.\d+)(?=\s*epochs))\s*(episodes?|epochs?|steps?)\s*", str(value)):
+            raise ValueError(f"schedule.total is {value!r}; write for instance '100 episodes', '32 epochs' or '5000 steps'")
+        return " ".join(str(value).split())
+
+    @model_validator(mode="after")
+    def _used(self):
+        if self.form != "declip" and self.warmup_lr:
+            raise ValueError("schedule.warmup_lr has an effect only with schedule.form declip; remove it or change the form")
+        return self
+
+    def length(self) -> tuple[float, str]:
+        """The number and its unit: 'episodes', 'epochs' or 'steps'."""
+        number, unit = self.total.split()
+        return float(number), unit.rstrip("s") + "s"
