@@ -2,15 +2,15 @@
 # Not built by the tests, which only compare it with constraints.txt, pyproject.toml and apptainer.def.
 FROM python:3.11-slim-bookworm
 
-# DeepSpeed compiles its optimiser for CPU memory (zero3_offload); git tells environment.json the commit.
+# DeepSpeed compiles its optimiser for CPU memory (zero3_offload); git tells environment.json the commit; without libibverbs NCCL would go over TCP.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ git \
+    && apt-get install --yes --no-install-recommends g++ git ibverbs-providers libibverbs1 librdmacm1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/protoclip-scale
 COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 COPY protoclip_scale protoclip_scale
-RUN python -m pip install --no-cache-dir --constraint constraints.txt '.[cpu,minilm,wordnet]'
+RUN python -m pip install --no-cache-dir --constraint constraints.txt '.[cpu,minilm,s3,wordnet]'
 COPY launch launch
 COPY tools tools
 COPY recipes recipes

@@ -58,7 +58,7 @@ def read_rows(recipe: Recipe, rows: int, column: str) -> pa.Table:
 @torch.inference_mode()
 def encode(run: Path, step: str, recipe: Recipe, images: torch.Tensor, captions: list[str]) -> dict[str, np.ndarray]:
     """float32 [N, P] by modality."""
-    _, model = load_model(run, step)
+    model = load_model(run, step, "live").model  # what labels its rows in training
     tokens = tokenizer_for(recipe.model.text)(captions)
     parts: dict[str, list[torch.Tensor]] = {modality: [] for modality in FEATURES}
     for start in range(0, len(images), BATCH):

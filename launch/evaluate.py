@@ -17,19 +17,21 @@ RECIPE = "recipe"
 
 
 class Candidate(NamedTuple):
-    """A model to evaluate, its settings (``schema.Model``), and the run's own suite and step if it is a run's."""
+    """A model to evaluate, its settings (``schema.Model``), and if it is a run's: its step, its own suite, and whether its weights are live or ema."""
 
     name: str
     step: int | None
     model: Any
     settings: Any
     own_suite: Any
+    weights: str | None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Zero-shot, retrieval, linear-probe and modality figures of a trained model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="run directory, or an open_clip export")
     parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest|all", help="which checkpoints of a run (default: latest)")
+    parser.add_argument("--weights", choices=("live", "ema"), help="of a run: those that train, or their average (default: the average, if optim.ema kept one)")
     parser.add_argument("--suite", default=RECIPE, metavar="FILE", help="YAML file with the content of a recipe's `evaluation:` section, files relative to it (default: recipe, the run's own sets)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="arithmetic of the towers (default: fp32)")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="fail unless exactly N ranks run")
@@ -37,8 +39,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
-    """The chosen checkpoints of a run, oldest first, or the one model of an export; each is loaded when its turn comes."""
+def candidates(folder: Path, checkpoint: str, weights: str | None) -> Iterator[Candidate]:
+    """The chosen checkpoints of a run, oldest first, or the one model of an export; each is loaded when its turn comes. ``weights``: live, ema or None."""
     from protoclip_scale import collectives
     from protoclip_scale.engine.checkpoint import find, list_checkpoints
     from protoclip_scale.engine.saved_model import load_model
@@ -48,8 +50,10 @@ def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
     if (folder / "open_clip_config.json").is_file():
         if checkpoint != "latest":
             raise UserError(f"--checkpoint {checkpoint}: {folder} is an export, which holds one model; leave --checkpoint away")
+        if weights:
+            raise UserError(f"--weights {weights}: {folder} is an export, which holds one model; leave --weights away")
         settings, model = load_open_clip_export(folder)
-        yield Candidate(folder.name, None, model, settings, None)
+        yield Candidate(folder.name, None, model, settings, None, None)
         return
     if not (folder / "checkpoints").is_dir():
         what = "is neither a run directory (no checkpoints/) nor an open_clip export (no open_clip_config.json)" if folder.is_dir() else "does not exist"
@@ -60,8 +64,8 @@ def candidates(folder: Path, checkpoint: str) -> Iterator[Candidate]:
         raise UserError(f"--model {folder}: it holds no checkpoint yet; train it first")
     for path in found:
         step = int(path.name.removeprefix("step-"))
-        recipe, model = load_model(folder, str(step))
-        yield Candidate(f"{recipe.name}, step {step}", step, model, recipe.model, suite_of_recipe(recipe))
+        recipe, model, kind = load_model(folder, str(step), weights)
+        yield Candidate(f"{recipe.name}, step {step}{', averaged weights' if kind == 'ema' else ''}", step, model, recipe.model, suite_of_recipe(recipe), kind)
 
 
 def show(name: str, figures: dict[str, float], untrained: dict[str, float]) -> None:
@@ -98,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line")
     results = []
-    for candidate in candidates(folder, options.checkpoint):
+    for candidate in candidates(folder, options.checkpoint, options.weights):
         chosen = suite or candidate.own_suite
         if chosen is None:
             raise UserError(f"--suite: {folder} is an export and has no sets of its own; name a YAML file with what stands under `evaluation:` in a recipe")
@@ -106,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"--suite: the recipe of {folder} has no evaluation.sets; name a YAML file with some")
         tokenizer = tokenizer_for(candidate.settings.text)
         figures = evaluate_suite(candidate.model.to(accelerator.device), chosen, candidate.settings.image.size, tokenizer, accelerator.device, options.precision)
-        results.append({"model": candidate.name, "step": candidate.step, "figures": figures})
+        results.append({"model": candidate.name, "step": candidate.step, "weights": candidate.weights, "figures": figures})
         if collectives.rank() == 0:
             untrained = folder / "baseline.json"
             show(candidate.name, figures, json.loads(untrained.read_text()) if suite is None and untrained.is_file() else {})

@@ -24,15 +24,16 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="latest", help="step of the checkpoint, or latest")
     parser.add_argument("--layout", default="open_clip", choices=sorted(LAYOUTS), help="who shall load it")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or not exist")
+    parser.add_argument("--weights", choices=("live", "ema"), help="of a run: those that train, or their average (default: the average, if optim.ema kept one)")
     arguments = parser.parse_args()
     redact_errors()
     try:
-        recipe, model = load_model(arguments.run, arguments.checkpoint)
+        recipe, model, weights = load_model(arguments.run, arguments.checkpoint, arguments.weights)
         folder = LAYOUTS[arguments.layout](model, recipe, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments.layout} export of {arguments.run}: {folder}")
+    print(f"{arguments.layout} export of {arguments.run}{', averaged weights' if weights == 'ema' else ''}: {folder}")
     return 0
 
 

@@ -10,7 +10,9 @@ from pydantic import BaseModel
 STARS = "***"
 _SECRET_KEY = re.compile(r"(^|_)(token|password|secret|api_key|access_key|credentials?)$")
 _SECRET_VARIABLE = re.compile(
-    r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?|CONNECTION_STRING|(API|ACCESS|ACCOUNT|STORAGE|PRIVATE|SECRET)_?KEY)(_|$)", re.IGNORECASE
+    r"(^|_)(TOKEN|JWT|PASSWD|SECRET|CREDENTIALS?|CONNECTION_STRING|(API|ACCESS|ACCOUNT|STORAGE|PRIVATE|SECRET)_?KEY)(_|$)"
+    r"|PASSWORD(_|$)|_(KEY|PAT|PWD)$|(_|SSH)PASS(PHRASE)?$|(^|_)AUTH(_CONFIG)?$",  # not PWD and OLDPWD, which are folders
+    re.IGNORECASE,
 )
 _SHORTEST = 8  # characters of an environment variable's value that is looked for: shorter ones stand in innocent words
 _QUERY = re.compile(r"\?([^\s'\"<>?=&]+=[^\s'\"<>?]*)")

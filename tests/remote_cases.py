@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from protoclip_scale.recipe import schema
+from tests.runs import history, rows_of_final_weights
 from tests.support import CORPUS, TINY, final_tensors, output, pretrain
-from tests.test_law3_survival import history, rows_of_final_weights
 
 PATTERN = "train-0000[01]-*.parquet"
 RECIPE = "demo_clip.yaml"

@@ -1,7 +1,10 @@
 """A trainer under a strategy, in one of several processes, for the tests of strategies."""
 
+import functools
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.engine.strategy import launch
 from protoclip_scale.engine.strategy.fsdp import FullySharded
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.objectives import build_objectives
@@ -35,22 +39,36 @@ def recipe_with(objective: str, *more: str) -> Recipe:
     return load_recipe(RECIPES / "demo.yaml", [*TINY_PROTOTYPES, "episodes.warmup=0", *weights, *more])
 
 
-def drawn_prototypes(recipe: Recipe, dtype: torch.dtype, episode: int) -> EpisodePrototypes:
+def drawn_prototypes(recipe: Recipe, dtype: torch.dtype, episode: int, device: torch.device | str = "cpu") -> EpisodePrototypes:
     """Prototypes as an episode would hand them over, from a seed: the law is about what is done with them."""
     generator = torch.Generator().manual_seed(3)
     clusters, dim = recipe.prototypes.clusters, recipe.model.prototype_heads.dim
     names = ("image_centroids", "text_centroids", "image_from_text", "text_from_image", "image_from_teacher", "text_from_teacher")
-    centroids = {name: (torch.randn(clusters, dim, generator=generator, dtype=torch.float64) * 0.3).to(dtype) for name in names}
+    centroids = {name: (torch.randn(clusters, dim, generator=generator, dtype=torch.float64) * 0.3).to(device, dtype) for name in names}
     rows = recipe.data.plan.episode_size
     labels = {name: torch.randint(clusters, (rows,), generator=generator, dtype=torch.int32) for name in ("image", "text", "teacher")}
     return EpisodePrototypes(episode, centroids, labels)
 
 
 def environment(strategy: str, ranks: int) -> dict[str, str]:
-    """Of a process under one of ``STRATEGIES``. Accelerate has FSDP2 on GPUs only; over gloo the strategy itself runs all the same (see ``trainer_of``)."""
+    """Of a process under one of ``STRATEGIES``. Accelerate has FSDP2 on GPUs only; over gloo the strategy itself runs all the same (see ``trainer_of``).
+
+    Under ZeRO-3 every weight is gathered for each use and released: DeepSpeed would keep those of up to 100,000 values, and so all but one of these models'.
+    """
     if strategy == "fsdp2":
         return {"TEST_FSDP2": "true"}
+    if strategy.startswith("zero3"):
+        if strategy.endswith("offload"):
+            build_optimizer_for_cpu_memory()
+        return zero_environment(3, ranks) | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": f"tests/{strategy}.json"}
     return zero_environment(int(strategy.removeprefix("zero")), ranks) if strategy.startswith("zero") else {}
+
+
+@functools.cache
+def build_optimizer_for_cpu_memory() -> None:
+    """What DeepSpeed would else build in the ranks, whose time is limited."""
+    launch.need_build_tools()
+    subprocess.run([sys.executable, "-c", "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"], check=True, capture_output=True)
 
 
 def fill_spool(folder: str | Path, recipe: Recipe, episode: int) -> str:
@@ -76,7 +94,7 @@ def batches_of(recipe: Recipe, spool_folder: str, episode: int) -> EpisodeBatche
 
 def saved(trainer: Trainer, folder: Path) -> checkpoint.Reader:
     """A checkpoint of the trainer as it is now; a collective."""
-    checkpoint.save(folder, trainer.strategy.pieces(), {"attempt": 1}, lambda: None)
+    checkpoint.save(folder, trainer.pieces(), {"attempt": 1}, lambda: None)
     return checkpoint.Reader(folder, checkpoint.facts(folder))
 
 
@@ -97,3 +115,9 @@ def largest_difference(expected: dict[str, torch.Tensor | None], found: dict[str
     assert len(used) > 20
     assert all(found[name] is None or found[name].abs().max() <= nothing for name in largest if name not in used)
     return max(((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item() if found[name] is not None else math.inf for name in used)
+
+
+def whole_difference(expected: dict[str, torch.Tensor | None], found: dict[str, torch.Tensor | None]) -> float:
+    """The length of the difference of all tensors, as one vector, over that of the expected ones."""
+    pairs = [(tensor.double(), found[name].double()) for name, tensor in expected.items() if tensor is not None and name not in ("loss", "norm")]
+    return math.sqrt(sum((one - other).square().sum().item() for one, other in pairs) / sum(one.square().sum().item() for one, _ in pairs))

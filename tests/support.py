@@ -63,8 +63,8 @@ def fsdp2_environment(ranks: int) -> dict[str, str]:
 
 
 def zero_environment(stage: int, ranks: int) -> dict[str, str]:
-    """What accelerate sets in the processes of launch/accelerate/cpu_zero1.yaml, 2 or 3."""
-    return _group_of(ranks) | {
+    """What accelerate sets in the processes of launch/accelerate/cpu_zero1.yaml, 2 or 3; on a machine with GPUs, of zero1.yaml, 2 or 3."""
+    return _group_of(ranks) | ({} if torch.cuda.is_available() else {"CUDA_VISIBLE_DEVICES": "-1,-1"}) | {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
@@ -74,9 +74,12 @@ def zero_environment(stage: int, ranks: int) -> dict[str, str]:
 
 ENDED_BY_US = -1000  # a rank that was still running when another had died
 
-# Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none.
+# Processes are forked from a clean server that has imported everything once: an import costs ten seconds, a fork none. DeepSpeed, whose import looks for
+# GPUs, is left to those who need it, but for the three seconds of torch's compiler that it takes.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["protoclip_scale.engine.attempt", "protoclip_scale.engine.run", "protoclip_scale.engine.check", "datasets", "tests.support"])
+_PROCESSES.set_forkserver_preload(
+    ["protoclip_scale.engine.attempt", "protoclip_scale.engine.run", "protoclip_scale.engine.check", "datasets", "torch._inductor.compile_fx", "tests.support"]
+)
 
 
 def overrides(values: tuple[str, ...]) -> list[str]:
@@ -91,6 +94,11 @@ def metrics(run_dir: Path, kind: str) -> list[dict]:
 def output(run_dir: Path, rank: int = 0) -> str:
     """What a rank of ``pretrain`` wrote to its streams, in all attempts."""
     return (run_dir.parent / f"{run_dir.name}-rank{rank}.log").read_text(errors="replace")
+
+
+def errors(run_dir: Path, rank: int = 0) -> list[str]:
+    """The lines with which a rank of ``pretrain`` said what was wrong, in all attempts."""
+    return [line for line in output(run_dir, rank).splitlines() if line.startswith("error: ")]
 
 
 def final_tensors(run_dir: Path, step: str = "latest") -> dict[str, torch.Tensor]:
@@ -115,15 +123,16 @@ def pretrain(
     env: dict[str, str] | None = None,
     small_disk: tuple[Path, int] | None = None,
     patience: float = 1,
+    setup: Callable[[], None] | None = None,
 ) -> list[int]:
     """launch/pretrain.py's command in ``ranks`` real processes; their exit codes, -9 for a kill. When one is killed or fails the others are killed, after
     ``patience`` seconds.
 
-    ``small_disk``: a folder that is a file system of its own for each of them, of so many bytes, and empty.
+    ``small_disk``: a folder that is a file system of its own for each of them, of so many bytes, and empty. ``setup`` is called in each of them first.
     """
     command = ["--recipe", str(RECIPES / recipe), "--run-dir", str(run_dir), *overrides(values), *arguments]
     logs = [str(run_dir.parent / f"{run_dir.name}-rank{rank}.log") for rank in range(ranks)]
-    return _run(_pretrain, ranks, env or {}, [(log, command, small_disk) for log in logs], patience=patience)
+    return _run(_pretrain, ranks, env or {}, [(log, command, small_disk, setup) for log in logs], patience=patience)
 
 
 def spawn(function: Callable, world: int, *arguments, env: dict[str, str] | None = None) -> list:
@@ -133,7 +142,7 @@ def spawn(function: Callable, world: int, *arguments, env: dict[str, str] | None
         codes = _run(_call, world, env or {}, [(str(path), function, rank, world, arguments) for rank, path in enumerate(results)])
         problems = [path.with_suffix(".txt").read_text() for path in results if path.with_suffix(".txt").exists()]
         assert codes == [0] * world, "\n".join(problems)
-        return [torch.load(path, weights_only=True) for path in results]
+        return [torch.load(path, weights_only=True, map_location="cpu") for path in results]
 
 
 def _free_port() -> int:
@@ -142,7 +151,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tuple], seconds: float = 240, patience: float = 1) -> list[int]:
+def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tuple], seconds: float = 900, patience: float = 1) -> list[int]:
     """Exit codes of ``target(*arguments[rank])`` in one process per rank, joined as a launcher joins them."""
     if ranks > 1:
         env = env | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -151,30 +160,35 @@ def _run(target: Callable, ranks: int, env: dict[str, str], arguments: list[tupl
     for worker in workers:
         worker.start()
     deadline, failed_at = time.monotonic() + seconds, None
-    while any(worker.is_alive() for worker in workers):
-        now = time.monotonic()
-        assert now < deadline, "the processes hang"
-        if any(worker.exitcode not in (None, 0, 75) for worker in workers):
-            failed_at = failed_at or now
-            if now - failed_at > patience:  # the others may be about to say why, too
-                break
-        time.sleep(0.02)
-    codes = [worker.exitcode if worker.exitcode is not None else ENDED_BY_US for worker in workers]
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    return codes
+    try:
+        while any(worker.is_alive() for worker in workers):
+            now = time.monotonic()
+            assert now < deadline, "the processes hang"
+            if any(worker.exitcode not in (None, 0, 75) for worker in workers):
+                failed_at = failed_at or now
+                if now - failed_at > patience:  # the others may be about to say why, too
+                    break
+            time.sleep(0.02)
+        return [worker.exitcode if worker.exitcode is not None else ENDED_BY_US for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def _enter(env: dict[str, str], target: Callable, arguments: tuple) -> None:
     os.environ.update(env)
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    if env.get("TEST_DETERMINISTIC"):  # on GPUs sums are else in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
     target(*arguments)
 
 
 def mount_small_disk(folder: Path, num_bytes: int) -> None:
-    """A real file system (tmpfs) of this process and its children alone, in a user and mount namespace of their own: it needs no root."""
+    """A real file system (tmpfs) of this process and those that it starts from now on, in a user and mount namespace of their own: it needs no root."""
+    global _PROCESSES
+    _PROCESSES = multiprocessing.get_context("fork")  # the server's would not see the disk
     system = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user = 0x00020000, 0x10000000
     user, group = os.getuid(), os.getgid()
@@ -184,7 +198,17 @@ def mount_small_disk(folder: Path, num_bytes: int) -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    if system.mount(b"none", str(folder).encode(), b"tmpfs", 0, f"size={num_bytes}".encode()):
+    _mount(folder, 0, f"size={num_bytes}")
+
+
+def remount(folder: Path, read_only: bool) -> None:
+    """Change what may be done with the disk of ``mount_small_disk``."""
+    remounted, reads_only = 32, 1
+    _mount(folder, remounted | reads_only * read_only, "")
+
+
+def _mount(folder: Path, flags: int, options: str) -> None:
+    if ctypes.CDLL(None, use_errno=True).mount(b"none", str(folder).encode(), b"tmpfs", flags, options.encode()):
         raise OSError(ctypes.get_errno(), "mount")
 
 
@@ -204,9 +228,11 @@ def can_mount() -> bool:
 needs_small_disk = pytest.mark.skipif(not can_mount(), reason="user namespaces are not allowed here, so no small disk can be mounted")
 
 
-def _pretrain(log: str, command: list[str], small_disk: tuple[Path, int] | None) -> None:
+def _pretrain(log: str, command: list[str], small_disk: tuple[Path, int] | None, setup: Callable[[], None] | None) -> None:
     from protoclip_scale.engine.command import main
 
+    if setup:
+        setup()
     if small_disk:
         mount_small_disk(*small_disk)
     with open(log, "a", encoding="utf-8") as file:

@@ -150,6 +150,38 @@ def test_workers_change_nothing_and_a_dead_one_costs_no_batch(corpus, caplog):
     assert "a loader process died" in caplog.text
 
 
+SIGNALLED = """
+import os, signal, time
+from multiprocessing import forkserver
+from protoclip_scale.data import loader_server
+
+def signalled(pid, numbers=loader_server.SIGNALS):
+    for number in numbers:
+        os.kill(pid, number)
+
+def exit_code(program, *numbers):
+    with loader_server.out_of_reach():
+        worker = loader_server.context().Process(target=exec, args=(program,))
+        worker.start()
+    signalled(worker.pid, numbers or loader_server.SIGNALS)
+    worker.join()
+    return worker.exitcode
+
+loader_server.ALWAYS = ()
+loader_server.start(())
+server = forkserver._forkserver._forkserver_pid
+signalled(server)
+print(exit_code("import time; time.sleep(0.5)"), server == forkserver._forkserver._forkserver_pid)
+print(exit_code("from protoclip_scale.data import loader_server; import time; loader_server.within_reach(); time.sleep(600)") < 0)
+print(exit_code("from protoclip_scale.data import loader_server; import time; loader_server.within_reach(); time.sleep(0.5)", signal.SIGINT))
+"""
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_server_and_workers_that_start():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["0 True", "True", "0"], done.stderr
+
+
 def encoded(number, kind="PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 30), (number % 256, number // 256, 77)).save(buffer, kind)

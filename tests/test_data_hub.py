@@ -12,10 +12,10 @@ import pytest
 
 from tests.hub_client import about
 from tests.remote_cases import RECIPE, settings
+from tests.runs import rows_of_final_weights
 from tests.servers import Server
 from tests.servers.hub_server import commit_id
 from tests.support import CORPUS, RECIPES, ROOT, final_tensors, overrides, pretrain
-from tests.test_law3_survival import rows_of_final_weights
 
 REPO = "org/corpus"
 CARD = """---

@@ -1,6 +1,8 @@
 """The spool: the right rows, written once, resumed where it was, never half a file under a final name."""
 
 import errno
+import os
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.spool import Spool, lane_bytes
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
-from tests.support import CORPUS
+from tests.support import CORPUS, spawn
 
 LANES = range(4)
 
@@ -147,3 +149,17 @@ def test_a_full_disk_is_told_before_and_while_writing(corpus, tmp_path, monkeypa
     with pytest.raises(UserError, match="disk full"):
         Spool(tmp_path, "run").fill(plan.episode(0), 0, LANES, readers, no_space)
     assert not list(tmp_path.rglob("lane*"))
+
+
+def environment_after_a_fill(rank: int, world: int, folder: str) -> list[bool]:
+    """Whether what the first block needs was imported while it was read, and whether that left the environment as it was."""
+    data = schema.Data(root=str(CORPUS), sources=[{"files": "train-*.parquet"}], plan={"episode_size": 128, "lanes": 4, "global_batch": 64})
+    readers = open_readers(data)
+    before, imported = dict(os.environ), "scipy.io" in sys.modules
+    Spool(folder, "run").fill(Plan(index_of(readers), data.plan).episode(0), 0, LANES, readers)
+    return [not imported and "scipy.io" in sys.modules, dict(os.environ) == before]
+
+
+def test_the_first_block_leaves_the_environment_alone(tmp_path):
+    """It is read in a thread beside training, where C code may look the environment up at any time."""
+    assert spawn(environment_after_a_fill, 1, str(tmp_path)) == [[True, True]]

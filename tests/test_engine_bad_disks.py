@@ -1,7 +1,6 @@
 """Run directories on disks that are full, read-only or not shared, as real mounts: one clear line, exit code 1, and nothing lost."""
 
 import contextlib
-import ctypes
 import errno
 import json
 from pathlib import Path
@@ -12,10 +11,9 @@ from protoclip_scale.engine import command
 from protoclip_scale.engine.disk import disk_problem
 from protoclip_scale.engine.machine import EpisodeMachine
 from protoclip_scale.engine.run_log import RunLog
-from tests.support import RECIPES, TINY, metrics, mount_small_disk, needs_small_disk, output, overrides, pretrain, spawn
+from tests.support import RECIPES, TINY, metrics, mount_small_disk, needs_small_disk, output, overrides, pretrain, remount, spawn
 
 ONE_LONG_EPISODE = ("data.plan.episode_size=1024", "schedule.total=1 episodes", "run.trace_rows=false", "run.weights=false", "run.keep_checkpoints=1")
-READ_ONLY, REMOUNT = 1, 32
 # What is called when the disk gets full, which time, and where the run stops then. A line of metrics goes into a page that there is already; several do not.
 FULL_AT = {
     "checkpoint": (EpisodeMachine, "_publish", 2, ("run.checkpoint_steps=4",), "step-00000008"),
@@ -74,7 +72,7 @@ def refused(rank: int, world: int, folder: str) -> list[str]:
     disk = Path(folder)
     mount_small_disk(disk, 1 << 20)
     (disk / "run").mkdir()
-    assert ctypes.CDLL(None).mount(b"none", str(disk).encode(), None, REMOUNT | READ_ONLY, None) == 0
+    remount(disk, read_only=True)
     sys.stderr = io.StringIO()
     code = command.main(["--recipe", str(RECIPES / "demo_clip.yaml"), "--run-dir", str(disk / "run"), *overrides(TINY)])
     return [str(code), sys.stderr.getvalue()]

@@ -1,11 +1,16 @@
 """--check: the figures it prints are right, and it finds every problem at once."""
 
+import functools
+
 import pytest
-import torch
 
 from protoclip_scale.engine import cost
-from protoclip_scale.engine.check import Check, run_check, size_text
-from protoclip_scale.models.build import build_model
+from protoclip_scale.engine.check import Check, run_check
+from protoclip_scale.engine.memory import USABLE_SHARE, memory_by_strategy, parse_size, recommended, shared_memory, size_text
+from protoclip_scale.engine.memory_report import memory_tables, place_of
+from protoclip_scale.engine.model_cost import measure
+from protoclip_scale.engine.strategy.memory import LAYOUTS, Sizes
+from protoclip_scale.errors import UserError
 from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.store import FeatureStore
@@ -78,12 +83,11 @@ def test_only_rank_zero_reports(capsys, monkeypatch):
     assert report(capsys, "demo_clip", *TINY) == (0, "")
 
 
+@functools.cache
 def model_cost(*overrides: str):
     recipe = load_recipe(RECIPES / "demo_protoclip.yaml", [*TINY_PROTOTYPES, *overrides])
     objectives = build_objectives(recipe)
-    features = frozenset().union(*(each.needs for each in objectives.values()))
-    model = build_model(recipe, features, seed=0)
-    return recipe, objectives, model, cost.measure(model, recipe)
+    return recipe, objectives, measure(recipe, objectives)
 
 
 def test_flops_of_a_text_layer_are_those_of_the_textbook():
@@ -95,36 +99,97 @@ def test_flops_of_a_text_layer_are_those_of_the_textbook():
     assert two.num_parameters - one.num_parameters == 12 * width**2 + 13 * width  # four biases and two layer norms
 
 
-def test_measuring_leaves_the_model_as_it_was():
-    recipe, _, model, counted = model_cost()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train()
-    cost.measure(model, recipe)
-    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert counted.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_memory_follows_ranks_and_clusters():
-    recipe, objectives, _, counted = model_cost()
-    one, two = (cost.memory_per_rank(counted, recipe, objectives, world) for world in (1, 2))
-    assert one["parameters"] == two["parameters"] == 4 * counted.num_parameters
-    assert one["AdamW moments"] == 8 * counted.num_parameters
-    for world, found in ((1, one), (2, two)):  # B x N logits with softmax, gradients of rows and columns; a tile of K = 16, twice, two gradients of P = 16
-        rows = 64 // world
+def test_loss_memory_follows_ranks_and_clusters():
+    recipe, objectives, counted = model_cost()
+    for world in (1, 2):  # B x N logits with softmax, gradients of rows and columns; a tile of K = 16, twice, two gradients of P = 16
+        found, rows = shared_memory(counted, recipe, objectives, world, "cpu"), 64 // world
         assert found["loss tiles"] == 4 * (2 * rows * 64 + 2 * (rows + 64) * 32 + 2 * rows * 16 + 2 * rows * 16)
-    assert one["prototypes"] == 4 * 6 * 16 * 16  # K x P: both centroids, both translations, what both targets expect
-    assert abs(one["activations (estimate)"] - 2 * two["activations (estimate)"]) <= 64
+        assert found["prototypes"] == 4 * 6 * 16 * 16  # K x P: both centroids, both translations, what both targets expect
 
 
-def test_micro_batches_cost_a_forward_pass_and_save_activations():
-    recipe, objectives, _, counted = model_cost()
-    cut = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"microbatch": 16})})
-    for world, times in ((1, 4), (2, 2), (4, 1)):
-        memory, whole = (cost.memory_per_rank(counted, each, objectives, world)["activations (estimate)"] for each in (cut, recipe))
-        assert abs(whole - times * memory) <= 64
+def test_activations_follow_micro_batches_and_checkpointing():
+    """All rows of both towers; in micro-batches those of the larger tower alone. Recomputed blocks keep their inputs, and one block's activations stand beside them."""
+    recipe, objectives, counted = model_cost()
+    image, text = counted.towers["image"], counted.towers["text"]
+    outputs = 64 * (counted.heads + 2 * 4 * 32)
+
+    def activations(**changes) -> int:
+        changed = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})
+        return shared_memory(counted, changed, objectives, 1, "cpu")["activations (estimate)"] - outputs
+
+    assert activations() == 64 * (image.whole + text.whole)
+    assert activations(microbatch=16) == 16 * max(image.whole, text.whole)
+    assert activations(precision="bf16") == round(0.55 * activations())
+    recomputed = recipe.model.model_copy(update={"image": recipe.model.image.model_copy(update={"grad_checkpointing": True})})
+    found = shared_memory(counted, recipe.model_copy(update={"model": recomputed}), objectives, 1, "cpu")
+    assert found["activations (estimate)"] - outputs == 64 * (image.checkpointed + text.whole)
+    for world, times in ((1, True), (2, True), (4, False)):  # a rank of four has one micro-batch
+        cut = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"microbatch": 16})})
         flops, before = (cost.flops_per_sample(counted, each, objectives, world) for each in (cut, recipe))
-        assert sum(flops.values()) - sum(before.values()) == (counted.forward_flops if times > 1 else 0)
+        assert sum(flops.values()) - sum(before.values()) == (counted.forward_flops if times else 0)
+
+
+def test_frozen_towers_keep_nothing():
+    *_, whole = model_cost("model.image.name=test_vit")
+    *_, frozen = model_cost("model.image.name=test_vit", "model.frozen=[image_tower]")
+    assert frozen.towers["image"] == (0, 0) and frozen.towers["text"] == whole.towers["text"]
+    assert whole.trained == whole.num_parameters == frozen.trained + frozen.parameters["image_tower"]
+
+
+SIZES = Sizes(parameters=1000, trained=800, largest_block=100, outside_blocks=300, averaged=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "numbers"),
+    [  # weights, gradients, AdamW with the weights it steps on, averaged weights, buckets, host; of four ranks, in fp32 numbers
+        ("DDP", (1000, 800, 1600, 250, 0, 0)),
+        ("ZeRO-1", (1000, 1000, 600, 250, 800, 0)),
+        ("ZeRO-2", (1000, 200, 600, 250, 800, 0)),
+        ("ZeRO-3", (250, 200, 600, 250, 2800, 0)),
+        ("FSDP2", (250, 200, 400, 250, 800, 0)),
+        ("ZeRO-3 + CPU offload", (0, 0, 0, 0, 2800, 1300)),
+    ],
+)
+def test_strategies_share_out_what_they_say(layout, numbers):
+    found = next(each for each in LAYOUTS if each.title == layout).memory(SIZES, 4)
+    assert found == tuple(4 * number for number in numbers)
+
+
+def test_the_first_strategy_that_fits_is_recommended():
+    recipe, objectives, counted = model_cost()
+    found = memory_by_strategy(counted, recipe, objectives, 4, "cuda")
+    assert [each.layout.title for each in found] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-3 + CPU offload"]
+    for each in (found[0], found[2]):  # ZeRO-1 needs no less than DDP for so small a model: its bucket is as large as the gradients
+        assert recommended(found, recipe, round(each.device / USABLE_SHARE) + 1) is each
+        assert recommended(found, recipe, round(each.device / USABLE_SHARE) - 99) is not each
+    compiled = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"compile_blocks": True})})
+    sharded = [found[3], found[4]]  # only one of them compiles
+    assert recommended(sharded, recipe, 10**9) is sharded[0] and recommended(sharded, compiled, 10**9) is sharded[1]
+    assert recommended(found, recipe, 1000) is None
+    assert [each.layout.title for each in memory_by_strategy(counted, recipe, objectives, 1, "cpu")] == ["single process"]
+
+
+def test_the_line_to_launch_with(capsys):
+    """For a device that this machine has not, and for one that is too small for anything."""
+    recipe = load_recipe(RECIPES / "demo_clip.yaml", TINY)
+    assert run_check(recipe, 4, parse_size("80GB"), "recipes/demo_clip.yaml") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("launch with: "))
+    assert line == "launch with: accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 launch/pretrain.py --recipe recipes/demo_clip.yaml --expect-ranks 4"
+    counted, place = measure(recipe, build_objectives(recipe)), place_of(4, parse_size("1 MiB"))
+    tables, line = memory_tables(counted, recipe, build_objectives(recipe), 4, place, "RECIPE")
+    title, why = tables["Recommended strategy"][0]
+    assert line is None and title == "none" and why.startswith("nothing fits into the 944 kB that may be used of 1.05 MB (--memory-per-rank)") and "optim.microbatch (now null)" in why
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("79.5 GiB", int(79.5 * 2**30)), ("640mb", 640 * 10**6), ("512 KiB", 512 * 1024)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "GB", "-1GB", "80 apples", "1e3"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="--memory-per-rank .* is no amount of memory; write for instance 80GB"):
+        parse_size(text)
 
 
 def test_feature_bytes_are_those_of_a_store(tmp_path):

@@ -109,7 +109,8 @@ def test_gaps_and_overlaps_are_not_published(tmp_path, cut, said):
 
 
 def save_in_ranks(rank: int, world: int, run: str) -> bool:
-    """A tensor cut unevenly, as sharded strategies cut it, beside replicated ones; then everybody reads all of it."""
+    """A tensor cut unevenly, as sharded strategies cut it, beside replicated ones; then everybody reads all of it. Weights alone are compared with their digests
+    once, for all ranks."""
     _join(rank, world)
     torch.manual_seed(0)
     whole, cuts = torch.randn(1000, 7), [0, 100, 150, 7000][: world + 1]
@@ -121,6 +122,10 @@ def save_in_ranks(rank: int, world: int, run: str) -> bool:
     manifest = checkpoint.read_manifest(folder)
     assert len({name[:11] for name in manifest["files"]}) == world
     assert equal(checkpoint.read_tensors(folder, manifest), TENSORS | {"model/sharded": whole})
+    compared, sha256_of = [], checkpoint.manifest.sha256_of
+    checkpoint.manifest.sha256_of = lambda path: compared.append(path) or sha256_of(path)
+    kind, weights = checkpoint.read_weights(run)
+    assert kind == "live" and torch.equal(weights["sharded"], whole) and len(compared) == (0 if rank else len(manifest["files"]))
     return torch.equal(load_file(folder / "weights.safetensors")["sharded"], whole)
 
 
@@ -144,6 +149,23 @@ def save_on_another_disk(rank: int, world: int, run: str) -> str:
 
 
 @needs_small_disk
+def test_an_attempt_that_was_frozen_before_its_rename_leaves_its_successors_checkpoint_alone(tmp_path):
+    folder, calls = checkpoint.folder_of(tmp_path, 1), []
+    of_successor = {"model/a": torch.ones(3)}
+
+    def frozen_before_the_rename() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            checkpoint.save(folder, replicated_pieces(of_successor), about(attempt=2), lambda: None)
+
+    with pytest.raises(UserError, match="could not be written"):
+        checkpoint.save(folder, replicated_pieces({"model/a": torch.zeros(3)}), about(attempt=1), frozen_before_the_rename)
+    manifest = checkpoint.read_manifest(folder)
+    assert len(calls) == 3 and manifest["attempt"] == 2 and equal(checkpoint.read_tensors(folder, manifest), of_successor)
+    checkpoint.save(folder, replicated_pieces(TENSORS), about(attempt=3), lambda: None)  # what was there before goes
+    assert equal(checkpoint.read_tensors(folder, checkpoint.read_manifest(folder)), TENSORS)
+
+
 def test_files_that_rank_0_does_not_see_are_told(tmp_path):
     """A run directory that is not on a shared file system: on rank 1 it is a disk of its own."""
     saved(tmp_path, TENSORS, step=0)

@@ -11,20 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from protoclip_scale.engine import checkpoint
+from tests.runs import check_equal
 from tests.support import TINY, final_tensors, metrics, output, pretrain
-from tests.test_law3_survival import history, rows_of_final_weights
 
 SETTINGS = (*TINY, "run.checkpoint_steps=2", "run.keep_checkpoints=0")
-
-
-def check_equal(run: Path, expected: Path) -> None:
-    """Bit by bit, the rows of every step included."""
-    assert rows_of_final_weights(run) == rows_of_final_weights(expected)
-    assert history(run) == history(expected)
-    found, wanted = final_tensors(run), final_tensors(expected)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(tensor, found[name]), name
 
 
 @pytest.fixture(scope="module")

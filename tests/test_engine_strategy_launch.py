@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.torch_version import TorchVersion
 
+from protoclip_scale.engine import command
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.strategy import launch
-from protoclip_scale.errors import UserError
+from protoclip_scale.engine.strategy.fsdp import FullySharded
+from protoclip_scale.errors import NoGpus, UserError
+from protoclip_scale.recipe.schema import Optim
 from tests.support import ROOT, fsdp2_environment, zero_environment
 
 CONFIGS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
@@ -67,8 +73,41 @@ def test_accelerate_reads_each_configuration(monkeypatch, config):
     if read.distributed_type == DistributedType.DEEPSPEED:
         stage, offload = config.stem.removeprefix("cpu_")[4], "cpu" if config.stem.endswith("offload") else "none"
         assert (env["ACCELERATE_DEEPSPEED_ZERO_STAGE"], env["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"]) == (stage, offload)
-        expected = zero_environment(int(stage), ranks=2)
+        expected = zero_environment(int(stage), ranks=2) | ({} if config.stem.startswith("cpu") else {"CUDA_VISIBLE_DEVICES": "false"})
         assert {name: env.get(name, "false").lower() for name in expected} == expected  # what other tests of this suite set themselves
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_several_ranks_launched_for_gpus_do_not_train_on_processors(monkeypatch, config):
+    """A driver that is too old, a container without --nv, a build of torch for processors: training would go on at a hundredth of the speed."""
+    accelerate_says(monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if config.stem == "single":
+        strategies.refuse_foreign_settings()
+        return
+    accelerate_says(monkeypatch, **launched(config))
+    strategies.refuse_foreign_settings() if config.stem != "fsdp2" else None  # one process may train anywhere
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if config.stem.startswith("cpu"):
+        strategies.refuse_foreign_settings()
+        return
+    said = "needs GPUs, and this machine shows none" if config.stem == "fsdp2" else f"{socket.gethostname()} shows no GPU to ranks that are launched for GPUs: .*; to train on"
+    with pytest.raises(UserError, match=said):
+        strategies.refuse_foreign_settings()
+
+
+def test_a_host_without_its_gpus_says_so_itself(monkeypatch, capsys):
+    """Other machines may have theirs, and wait for it: the first rank of each tells its own error, no other one does."""
+    def refuse(*_: object) -> None:
+        raise NoGpus("h1 shows no GPU")
+
+    monkeypatch.setattr(command, "load_recipe", refuse)
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: None)
+    for rank, local_rank, said in (("8", "0", "error: rank 8: h1 shows no GPU\n"), ("9", "1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert command.main(["--recipe", "any.yaml"]) == 1 and capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
@@ -177,3 +216,10 @@ def test_build_tools_are_found_or_asked_for(monkeypatch, tmp_path):
     (scripts / "ninja").unlink()
     with pytest.raises(UserError, match="builds its optimiser with ninja, which is not on PATH: pip install ninja"):
         launch.need_build_tools()
+
+
+def test_microbatches_under_an_fsdp2_that_was_never_tried_with_them_are_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    strategy = FullySharded(SimpleNamespace(device=torch.device("cpu")), None)
+    with pytest.raises(UserError, match="optim.microbatch 64 under FSDP2 needs torch 2.15, this is 2.11.0[+]cu130; set it to null, or launch with launch/accelerate/zero3.yaml"):
+        strategy.prepare(None, [], Optim(lr=1e-3, microbatch=64))

@@ -8,6 +8,7 @@ import torch
 from protoclip_scale import collectives
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.strategy import LossScale
+from protoclip_scale.models.dual_encoder import DualEncoder
 from tests.strategies import batches_of, environment, fill_spool, recipe_with, trainer_of, weights
 from tests.support import spawn
 
@@ -57,6 +58,30 @@ def steps(rank: int, world: int, spool_folder: str) -> dict:
     }
 
 
+def moved_whole(rank: int, world: int) -> int:
+    """How often building a trainer takes the whole model to the device at once."""
+    moves, to = [], DualEncoder.to
+
+    def counting(self, *arguments, **options):
+        moves.append(self)
+        return to(self, *arguments, **options)
+
+    DualEncoder.to = counting
+    trainer = trainer_of(recipe_with("clip"), strategies.start(timeout_minutes=2))
+    trainer.build(EPISODE)
+    assert trainer.strategy.num_parameters() > 10**6
+    return len(moves)
+
+
+def check(told: dict) -> None:
+    assert told["lost"] == [False, False, True, False]
+    assert told["sound"] == [True, True, False, True]
+    assert told["overflowed"] == [False, False, True, 2.0**15]
+    assert told["recovered"] == [True, True, False, 1]
+    assert told["difference"] < 2e-6  # gradients are unscaled before they are clipped
+    assert told["ranks"] == 1
+
+
 @pytest.fixture(scope="module")
 def spool_folder(tmp_path_factory) -> str:
     return fill_spool(tmp_path_factory.mktemp("spool"), recipe_with("clip"), EPISODE)
@@ -65,10 +90,11 @@ def spool_folder(tmp_path_factory) -> str:
 @pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))])
 def test_what_is_lost_on_one_rank_is_skipped_on_all(spool_folder, strategy):
     for told in spawn(steps, 2, spool_folder, env=environment(strategy, 2)):
-        assert told["lost"] == [False, False, True, False]
-        assert told["sound"] == [True, True, False, True]
-        assert told["overflowed"] == [False, False, True, 2.0**15]
-        assert told["recovered"] == [True, True, False, 1]
-        assert told["difference"] < 2e-6  # gradients are unscaled before they are clipped
-        assert told["ranks"] == 1
+        check(told)
         assert told["deepspeed"] == strategy.startswith("zero")  # imported only when it is asked for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "expected"), [("zero2", True), ("zero3", False), ("fsdp2", False)])
+def test_what_is_held_in_parts_never_goes_to_the_device_whole(strategy, expected):
+    assert [moves > 0 for moves in spawn(moved_whole, 2, env=environment(strategy, 2))] == [expected] * 2

@@ -78,6 +78,7 @@ def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):
         (["--model", "{tmp}/nowhere"], "does not exist"),
         (["--model", "{tmp}"], "neither a run directory"),
         (["--model", "{run}", "--checkpoint", "60"], "steps there are: 20, 100"),
+        (["--model", "{run}", "--weights", "ema"], "holds no averaged weights"),
         (["--model", "{run}", "--suite", "{tmp}/none.yaml"], "cannot be read"),
         (["--model", "{run}", "--suite", "{tmp}/typo.yaml"], "did you mean exclude"),
         (["--model", "{run}", "--suite", "{tmp}/empty.yaml"], "names no sets"),

@@ -1,13 +1,18 @@
 """The lines that users type, through accelerate, on real rows; what they leave, and what reads it afterwards."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
+from protoclip_scale.engine import checkpoint
 from tests.support import CORPUS, ROOT, TINY_PROTOTYPES, launch, metrics, overrides
 
 SMALL_YFCC = (
@@ -43,15 +48,34 @@ def yfcc_shards(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("config", "ranks"), [("single", 1), *(pytest.param(config, 2, marks=pytest.mark.slow) for config in ("cpu", "cpu_zero2", "cpu_zero3"))])
-def test_the_first_line_users_type(yfcc_shards, tmp_path, config, ranks):
-    done = launch("--recipe", "recipes/yfcc15m.yaml", *overrides((f"data.root={yfcc_shards}", *SMALL_YFCC)), "--run-dir", tmp_path / "run", ranks=ranks, config=config)
+FIRST_LINE = "accelerate launch --config_file launch/accelerate/{config}.yaml launch/pretrain.py --recipe recipes/yfcc15m.yaml"
+TWO = {"cpu": "DDP", "cpu_zero2": "ZeRO-2", "cpu_zero3": "ZeRO-3"}
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize(
+    ("config", "ranks", "strategy"),
+    [("single", 1, "single process"), *(pytest.param(config, 2, title, marks=pytest.mark.slow) for config, title in TWO.items())],
+)
+def test_the_first_line_users_type(yfcc_shards, tmp_path, config, ranks, strategy):
+    """Word for word; what is added are smaller shards, towers and batches."""
+    run_dir, programs = tmp_path / "run", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    values = (f"data.root={yfcc_shards}", *SMALL_YFCC, "run.export=open_clip")
+    command = [*FIRST_LINE.format(config=config).split(), *overrides(values), "--run-dir", str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": programs}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = metrics(tmp_path / "run", "train")
+    lines = metrics(run_dir, "train")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert {"loss/clip", "loss/prototype", "loss/teacher"} <= lines[-1].keys() and "loss/prototype" not in lines[0]
     assert f"{ranks} rank{'s' * (ranks > 1)} on 1 host" in done.stdout and "what came out" in done.stdout
+    assert re.search(rf"strategy +{strategy} ", (run_dir / "log.txt").read_text())
+    assert json.loads((run_dir / "environment.json").read_text())["ranks"] == ranks
+    folder, manifest, warnings = checkpoint.find(run_dir, "latest")
+    assert (folder.name, warnings) == ("step-00000020", []) and checkpoint.cursor_of(manifest).phase == "evaluate"
+    assert len(list(folder.glob(f"shard-*-of-{ranks:05d}-*"))) == ranks
+    weights = load_file(run_dir / "export/open_clip/open_clip_model.safetensors")
+    assert len(weights) > 20 and all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def gradients(rank: int, world: int, spool_folder: str, broken: bool) -> dict[st
             model = trainer.model.to(dtype)
             trainer.strategy.prepare(model, parameter_groups(model, recipe.optim), recipe.optim)
             model.train()
-            prototypes = drawn_prototypes(recipe, dtype, EPISODE) if recipe.prototypes else None
+            prototypes = drawn_prototypes(recipe, dtype, EPISODE, trainer.strategy.device) if recipe.prototypes else None
             loss = trainer.loss(batches_of(recipe, spool_folder, EPISODE)[1], EPISODE, prototypes)
             trainer.strategy.backward(loss.total)
             found[f"{objective}, {case}"] = {"loss": collectives.all_reduce(loss.total) / world, **dict(trainer.strategy.gradients())}

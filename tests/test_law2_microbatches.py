@@ -75,6 +75,7 @@ def test_on_two_ranks_under_ddp(whole, spool_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_on_two_ranks_under_zero(whole, spool_folder, strategy):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_on_two_ranks_under_sharding(whole, spool_folder, strategy):
     assert_law(whole, spawn(gradients, 2, spool_folder, "float32", 12, env=environment(strategy, 2)), 1e-5)

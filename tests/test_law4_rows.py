@@ -7,7 +7,6 @@ processes and files: tests/test_law4_runs.py.
 import functools
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from protoclip_scale.data.rows import pack_row_ids, unpack_row_ids
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.engine.context import BadRows
 from protoclip_scale.recipe import schema
+from tests.runs import check_rows, rows_of_stream
 from tests.test_data_batches import Letters, text_of
 
 SIZE = 8
@@ -210,47 +210,6 @@ def live(run: Run, rng: np.random.Generator, worlds: list[int]) -> None:
         except Killed:
             pass
     raise AssertionError("the last attempt died")
-
-
-def check_rows(plan: Plan, history: list[tuple[np.ndarray, np.ndarray]], bad: set[int], listed: set[int]) -> None:
-    """Law 4 on a history of (positions, row ids really used) of the global batches, the row ids that are bad, and those in the quarantine."""
-    visits: dict[tuple[int, int], Counter] = {}  # (stream, epoch) -> rows; sources with weights have a stream each
-    seen_bad: set[int] = set()
-    for step, (positions, used) in enumerate(history):
-        number, step_in_episode = divmod(step, plan.steps_per_episode)
-        if not step_in_episode:
-            episode = plan.episode(number)
-        planned = episode.row_ids.reshape(-1)[positions]
-        assert sorted(planned.tolist()) == sorted(episode.batch_row_ids(step_in_episode).tolist()), step
-        assert len(set(used.tolist())) == len(used) == plan.settings.global_batch and not set(used.tolist()) & bad, step
-        moved = planned != used
-        assert set(planned[moved].tolist()) == set(planned.tolist()) & bad, step
-        lanes = positions // episode.lane_rows
-        assert all(row in episode.row_ids[lane] for lane, row in zip(lanes[moved], used[moved], strict=True)), step
-        seen_bad |= set(planned[moved].tolist())
-        streams = unpack_row_ids(planned)[0] if plan.index.weights else np.zeros_like(planned)
-        for stream, epoch, row in zip(streams.tolist(), episode.epochs.reshape(-1)[positions].tolist(), planned.tolist(), strict=True):
-            visits.setdefault((stream, epoch), Counter())[row] += 1
-    assert listed == seen_bad
-    for stream in {stream for stream, _ in visits}:
-        everything = set(visits[stream, 0])
-        assert len(everything) == rows_of_stream(plan, stream)
-        total = sum(rows.total() for (other, _), rows in visits.items() if other == stream)
-        whole = total // len(everything)
-        assert whole >= 1
-        for (other, epoch), rows in visits.items():
-            assert other != stream or set(rows.values()) == {1} and (epoch >= whole or set(rows) == everything), (stream, epoch)
-        # The same without the plan's word for which epoch a place belongs to: no row is ahead of another by more than the epoch that is not over.
-        counts = Counter(row for (other, _), rows in visits.items() if other == stream for row in rows.elements())
-        assert set(counts.values()) <= {whole, whole + 1} and len(counts) == len(everything), stream
-
-
-def rows_of_stream(plan: Plan, stream: int) -> int:
-    """Rows of an epoch, or with weights of a source."""
-    if not plan.index.weights:
-        return plan.num_rows
-    limit = plan.index.row_limits[stream] if plan.index.row_limits else None
-    return limit or plan.index.source_rows(stream)
 
 
 def check(run: Run) -> None:

@@ -3,19 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip_scale.data.index import build_index
-from protoclip_scale.data.plan import Plan
-from protoclip_scale.data.quarantine import read_quarantine
-from protoclip_scale.data.rows import pack_row_ids
-from protoclip_scale.recipe import load_recipe
-from tests.support import CORPUS, TINY, TINY_PROTOTYPES, metrics, output, pretrain
-from tests.test_law3_survival import rows_of_final_weights
-from tests.test_law4_rows import check_rows
+from tests.runs import check_epochs
+from tests.support import CORPUS, TINY, TINY_PROTOTYPES, output, pretrain
 
 SHARDS = (40, 0, 1, 3, 150, 2, 1, 1, 70, 2, 1)  # rows of the files: fewer with rows to speak of than ranks, an empty one, many tiny
 LAW = (
@@ -43,23 +36,6 @@ def uneven_corpus(tmp_path_factory) -> tuple[Path, set[int]]:
         pq.write_table(table, folder / f"shard-{number:02d}.parquet", row_group_size=30)
         start += count
     return folder, bad
-
-
-def check_run(run_dir: Path, bad: set[int]) -> None:
-    """Law 4 of the final weights of a real run, from its traces and quarantine."""
-    recipe = load_recipe(run_dir / "recipe.yaml")
-    plan = Plan(build_index(recipe.data), recipe.data.plan)
-    index = plan.index
-    everything = np.concatenate([pack_row_ids(s, b, np.arange(rows)) for s, b, rows in zip(index.block_source, index.block_number, index.block_rows, strict=True)])
-    assert len(everything) == sum(SHARDS)
-    steps = rows_of_final_weights(run_dir)
-    assert sorted(steps) == list(range(len(metrics(run_dir, "train"))))
-    history = []
-    for step in sorted(steps):
-        slots = plan.episode(0).slots(step % plan.steps_per_episode)
-        positions = np.concatenate([lane * plan.lane_rows + slots for lane in range(plan.settings.lanes)])
-        history.append((positions, np.array(steps[step])))
-    check_rows(plan, history, set(everything[sorted(bad)].tolist()), set(read_quarantine(run_dir / "quarantine")))
 
 
 @dataclass
@@ -92,7 +68,7 @@ SLOW = {
 def test_kills_bad_rows_and_other_numbers_of_ranks_together(tmp_path, uneven_corpus, attempts):
     folder, bad = uneven_corpus
     run_attempts(tmp_path / "run", "demo_clip.yaml", (*TINY, *LAW, f"data.root={folder}"), attempts)
-    check_run(tmp_path / "run", bad)
+    assert check_epochs(tmp_path / "run", bad).num_rows == sum(SHARDS)
 
 
 @pytest.mark.slow
@@ -100,4 +76,4 @@ def test_kills_and_bad_rows_in_extraction_and_clustering(tmp_path, uneven_corpus
     folder, bad = uneven_corpus
     attempts = [Attempt(2, 1, "extract.block:2@1"), Attempt(4, 1, "cluster.iteration:3@3"), Attempt(1, 3, "train.step:5"), Attempt(2, 3, "extract.block:1"), Attempt(2, 0)]
     run_attempts(tmp_path / "run", "demo_protoclip.yaml", (*TINY_PROTOTYPES, *LAW, f"data.root={folder}"), attempts)
-    check_run(tmp_path / "run", bad)
+    assert check_epochs(tmp_path / "run", bad).num_rows == sum(SHARDS)

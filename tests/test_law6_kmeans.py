@@ -34,8 +34,7 @@ def different_rows(rows: np.ndarray, tolerance: float) -> np.ndarray:
     return rows[~np.tril(distances <= tolerance**2, -1).any(axis=1)].astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def rows() -> np.ndarray:
+def real_rows() -> np.ndarray:
     """float32 [4000, 64]: features of real captions, 40% of them copies, a fifth of the copies off by rounding."""
     store = FeatureStore.open(RECIPES / "demo_corpus_teacher")
     real = different_rows(store.rows("teacher", 0, np.arange(store.num_rows)), 0.01)
@@ -45,6 +44,11 @@ def rows() -> np.ndarray:
     copies[::5] += rng.normal(scale=1e-5, size=copies[::5].shape).astype(np.float32)
     mixed = np.concatenate([real, copies])
     return mixed[rng.permutation(len(mixed))]
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return real_rows()
 
 
 def lanes(rows: np.ndarray, of: range = range(LANES)) -> tuple[list[np.ndarray], list[np.ndarray]]:

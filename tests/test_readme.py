@@ -20,7 +20,8 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 RUN_ELSEWHERE = {
     "make demo": "the demo itself: minutes; run before every release",
     "make test": "this very run",
-    "accelerate launch launch/pretrain.py --recipe recipes/yfcc15m.yaml --set data.root=DATA": "tests/test_launch_commands.py",
+    "cp launch/slurm/cluster.env.example launch/slurm/cluster.env": "tests/test_slurm_scripts.py",
+    "bash launch/slurm/in_environment.sh python launch/pretrain.py --recipe recipes/yfcc15m.yaml --check --fetch": "fetches over the network; tests/test_slurm_scripts.py",
     "sbatch launch/slurm/pretrain.sbatch recipes/yfcc15m.yaml": "tests/test_slurm_cluster.py",
     "python launch/slurm/submit.py recipes/yfcc15m.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00": "tests/test_slurm_scripts.py",
     "python tools/gather_images.py --list conceptual_captions --out data/cc3m Train_GCC-training.tsv": "3 million downloads; tests/test_preparation_gather.py has a server",

@@ -55,6 +55,23 @@ CASES = {
     "episode of a batch": (["data.plan.episode_size=8"], ["data.plan.episode_size 8", "data.plan.global_batch 16"], ["data.plan.episode_size=16"]),
     "pretrained clip": (["model.text.pretrained=true"], ["model.text.pretrained true", "model.text.name clip"], ["model.text.pretrained=false"]),
     "two origins": (["model.image.pretrained=true", "model.init_from=runs/a"], ["model.image.pretrained true", "model.init_from runs/a"], ["model.init_from=null"]),
+    "frozen twice": (["model.frozen=[text_tower, text_tower]"], ["model.frozen names text_tower twice"], ["model.frozen=[text_tower]"]),
+    "part of a frozen tower": (["model.frozen=[patch_embedding, image_tower]"], ["model.frozen", "patch_embedding has no effect beside image_tower"], ["model.frozen=[image_tower]"]),
+    "locked and frozen": (
+        ["model.frozen=[image_tower]", "episodes.lit.start=3"],
+        ["episodes.lit.start 3", "model.frozen image_tower does from the first step"],
+        ["model.frozen=[]"],
+    ),
+    "nothing left of either side": (
+        ["model.frozen=[text_tower]", "episodes.lit.start=3"],
+        ["episodes.lit.start 3", "model.frozen text_tower"],
+        ["episodes.lit=null"],
+    ),
+    "rates of a frozen tower": (
+        ["model.frozen=[image_tower]", "optim.layer_decay={image: 0.5, text: 0.9}"],
+        ["optim.layer_decay.image 0.5 has no effect", "model.frozen image_tower"],
+        ["optim.layer_decay.image=1"],
+    ),
     "final above peak": (["schedule.final_lr=1"], ["schedule.final_lr 1.0", "optim.lr 0.001"], ["schedule.final_lr=0"]),
     "gallery": (
         ["evaluation.sets=[{name: seen, files: a.parquet}]", "evaluation.gallery.all=[sen]"],
@@ -89,6 +106,7 @@ CASES = {
         ["prototypes.normalize_centroids=false", "prototypes.spherical=true"],
     ),
     "precision of another engine": (["prototypes.distances=bf16"], ["prototypes.distances bf16", "prototypes.engine faiss"], ["prototypes.engine=torch"]),
+    "profiled steps after the end": (["run.profile.steps=[9000, 9001]"], ["run.profile.steps [9000, 9001]", "schedule.total"], ["run.profile=null"]),
     "temperature of hard targets": (
         ["objectives.prototype.targets=hard", "objectives.prototype.temperature=0.1"],
         ["objectives.prototype.temperature", "objectives.prototype.targets hard"],

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from protoclip_scale.engine.prefetch import _without_a_hub
 from protoclip_scale.recipe import diff, dump, load_recipe
 from protoclip_scale.redact import redact_text, redacted, stars_in
 from tests.servers import Server
@@ -53,6 +54,28 @@ def test_values_of_secret_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("SHORT_TOKEN", "the")
     text = " ".join([*VARIABLES.values(), "not-secret-at-all", str(tmp_path), "the"])
     assert redact_text(text) == f"*** *** *** *** not-secret-at-all {tmp_path} the"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["SLURM_JWT", "PGPASSWORD", "MYSQL_PWD", "GITHUB_PAT", "B2_APPLICATION_KEY", "FSSPEC_S3_KEY", "RCLONE_CONFIG_PASS", "DOCKER_AUTH_CONFIG", "SSHPASS", "AZURE_STORAGE_KEY"],
+)
+def test_names_of_secret_variables(monkeypatch, name):
+    monkeypatch.setenv(name, "value-of-a-variable")
+    assert redact_text("value-of-a-variable") == "***"
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "PATH", "XAUTHORITY", "SSH_AUTH_SOCK", "KEYBOARD", "BYPASS", "TOKENIZERS_PARALLELISM", "SLURM_JOB_PARTITION"])
+def test_names_of_other_variables(monkeypatch, name):
+    monkeypatch.setenv(name, "value-of-a-variable")
+    assert redact_text("value-of-a-variable") == "value-of-a-variable"
+
+
+def test_a_fetch_shows_no_signature():
+    """``--check --fetch`` names what it cannot fetch: rows that are read over the network."""
+    source = "{files: 'https://me:passw0rd-of-url@host/a.parquet?X-Amz-Signature=s1gnature-of-url'}"
+    [line] = [line for line in _without_a_hub(load_recipe(RECIPES / "demo_clip.yaml", (*TINY, f"data.sources=[{source}]"))) if "network" in line]
+    assert "https://***@host/a.parquet?X-Amz-Signature=***" in line and not any(secret in line for secret in SECRETS)
 
 
 def test_keys_that_name_a_secret():

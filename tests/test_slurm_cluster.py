@@ -105,7 +105,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 600) -> Non
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def status(run_dir: Path) -> dict:
@@ -113,10 +113,15 @@ def status(run_dir: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def trains(run_dir: Path, attempt: int) -> bool:
-    """Whether this attempt has made a step."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
-    return any(f'"attempt": {attempt},' in line and '"kind": "train"' in line for line in lines)
+def until_it_trains(job: Job, run_dir: Path, attempt: int) -> None:
+    """Until this attempt has made a step; the job must not end before."""
+
+    def trains() -> bool:
+        assert job.cluster.state(job.number) not in ENDED, job.log[-6000:]
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+        return any(f'"attempt": {attempt},' in line and '"kind": "train"' in line for line in lines)
+
+    until(trains, f"start {attempt} trains", seconds=900)
 
 
 def test_each_end_of_a_run_leads_where_it_should(stand_in):
@@ -151,10 +156,23 @@ def test_a_cancelled_job_saves_and_stays_cancelled(stand_in):
     job, folder = stand_in.train("cancelled", "recipes/demo.yaml", (), STAND_IN="saves,done")
     until(lambda: job.log.count("start 0") == 2, "both ranks began")
     stand_in.cluster.login.run("scancel", str(job.number))
-    until(lambda: status(folder).get("state") == "stopped", "the run has saved")
     job.ended("CANCELLED")
-    time.sleep(8)  # longer than Slurm holds back a job that starts again
-    job.ended("CANCELLED")
+    assert status(folder)["state"] == "stopped" and "the run was stopped and has saved; Slurm has the job as" in job.log
+
+
+def test_a_signal_that_comes_while_the_ranks_start_is_heard(stand_in):
+    job, _ = stand_in.train("early", "recipes/demo.yaml", (), STAND_IN="saves,done")
+    until((stand_in.checkout / "logs" / str(job.number) / "start-0").is_dir, "the nodes begin")
+    stand_in.cluster.login.run("scancel", "--signal=USR1", "--batch", str(job.number))
+    job.ended("COMPLETED", restarts=1)
+
+
+def test_the_time_limit_stops_and_starts_again_by_slurms_own_clock(stand_in):
+    """Slurm looks at it twice a minute; it may do so before the ranks begin, and again when they have been started again."""
+    job, _ = stand_in.train("time-limit", "recipes/demo.yaml", (), "--nodes=1", "--time=1", "--signal=B:USR1@55", STAND_IN="saves,saves,saves,done")
+    until(lambda: "the job is started again (1 of at most 100)" in job.log, "the job is started again")
+    stand_in.cluster.login.run("scancel", str(job.number))
+    stand_in.cluster.wait(job.number, "CANCELLED", seconds=600)
 
 
 def test_where_slurm_may_not_start_it_again_the_job_says_so(stand_in):
@@ -255,14 +273,14 @@ def test_a_job_that_slurm_stops_three_times_ends_like_one_that_was_left_alone(de
     job, folder = desk.train("stopped", "recipes/demo.yaml", LONG)
     slurm = desk.cluster.login
 
-    until(lambda: trains(folder, 1), "the first start trains")
+    until_it_trains(job, folder, attempt=1)
     slurm.run("scancel", "--signal=USR1", "--batch", str(job.number))  # what Slurm sends --signal seconds before the time limit
-    until(lambda: trains(folder, 2), f"the second start trains: {job.log[-3000:]}")
+    until_it_trains(job, folder, attempt=2)
     disks = desk.cluster.folder / "disks"
     assert all(any((disks / f"node{number}/scratch").rglob("*.arrow")) for number in (0, 1)), "each node reads its own rows"
 
     slurm.run("scontrol", "requeue", str(job.number))
-    until(lambda: trains(folder, 3), f"the third start trains: {job.log[-3000:]}")
+    until_it_trains(job, folder, attempt=3)
 
     other = desk.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
     other.ended()

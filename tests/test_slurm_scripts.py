@@ -1,5 +1,6 @@
 """launch/slurm without a Slurm: what submit.py writes and refuses, what the scripts make of the PROTOCLIP_ variables, and that images follow constraints.txt."""
 
+import json
 import os
 import re
 import runpy
@@ -138,7 +139,8 @@ def test_it_is_run_where_the_job_will_start(submit, monkeypatch, tmp_path):
 
 def shell(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """A script of launch/slurm in the checkout, with no cluster settings but ``variables``."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PROTOCLIP_", "SLURM_"))} | {"PROTOCLIP_CLUSTER_ENV": "/dev/null"}
+    others = ("PROTOCLIP_", "SLURM_", "HF_HOME", "PYTHONNOUSERSITE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)} | {"PROTOCLIP_CLUSTER_ENV": "/dev/null"}
     return subprocess.run(["bash", f"launch/slurm/{script}", *arguments], cwd=ROOT, env=environment | variables, capture_output=True, text=True)
 
 
@@ -147,6 +149,13 @@ def program(folder: Path, name: str, text: str) -> Path:
     (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
     (folder / name).chmod(0o755)
     return folder
+
+
+@pytest.mark.parametrize("name", ["pretrain.sbatch", "evaluate.sbatch"])
+def test_a_job_from_another_folder_is_one_line(name, tmp_path):
+    done = subprocess.run(["bash", ROOT / "launch/slurm" / name, "recipes/demo.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path} is no checkout of protoclip-scale: submit from its top folder, or with --chdir\n"
 
 
 def test_environments(tmp_path):
@@ -168,8 +177,12 @@ def test_environments(tmp_path):
     path = f"{programs}:{os.environ['PATH']}"
     inside = shell("in_environment.sh", "python", "a b", PATH=path, PROTOCLIP_ENVIRONMENT=f"apptainer:{image}")
     assert inside.stdout.splitlines() == ["exec", "--bind", str(ROOT), "--pwd", str(ROOT), str(image), "python", "a b"]
-    with_gpus = shell("in_environment.sh", "python", PATH=path, PROTOCLIP_ENVIRONMENT=f"apptainer:{image}", SLURM_GPUS_ON_NODE="8")
-    assert with_gpus.stdout.splitlines()[:2] == ["exec", "--nv"]
+    more = {"SLURM_GPUS_ON_NODE": "8", "PROTOCLIP_SCRATCH": str(tmp_path / "local disk"), "HF_HOME": str(tmp_path)}
+    with_gpus = shell("in_environment.sh", "python", PATH=path, PROTOCLIP_ENVIRONMENT=f"apptainer:{image}", **more).stdout.splitlines()
+    assert with_gpus[:8] == ["exec", "--nv", "--bind", str(ROOT), "--bind", more["PROTOCLIP_SCRATCH"], "--bind", more["HF_HOME"]]
+    assert Path(more["PROTOCLIP_SCRATCH"]).is_dir()
+    for environment, set_to in (("", ""), (f"venv:{venv}", "1")):
+        assert shell("in_environment.sh", "bash", "-c", "echo $PYTHONNOUSERSITE", PROTOCLIP_ENVIRONMENT=environment).stdout.strip() == set_to
 
 
 @pytest.mark.parametrize("environment", ["venv:/nowhere", "conda:other", "apptainer:/nowhere.sif", "module:x", "/opt/venv"])
@@ -201,6 +214,34 @@ def test_the_run_directory_is_the_one_that_training_takes(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="error: --set: optim.l is not a key") as ended:
         run_dir("--recipe", "recipes/demo.yaml", "--set", "optim.l=1")
     assert "\n" not in ended.value.code
+
+
+FAILED = "the run failed, see {run}/status.json; it is not started again"
+PASSING = "the run failed for a reason that may pass"
+
+
+@pytest.mark.parametrize(
+    ("facts", "saves", "code", "said"),
+    [
+        ({}, True, 1, FAILED),
+        ({"may_pass": True}, True, 75, f"{PASSING}, after a new checkpoint; the job is started again (1 of at most 100)"),
+        ({"may_pass": True}, False, 1, f"{PASSING} before a new checkpoint was saved"),
+        ({"lost_rank": True}, True, 75, "ranks were lost, after a new checkpoint; the job is started again"),
+    ],
+    ids=["its-own-fault", "may-pass", "may-pass-and-stuck", "lost-rank"],
+)
+def test_which_failed_runs_are_started_again(tmp_path, facts, saves, code, said):
+    """Programs of these names stand for Slurm's, and for the Python that names the run directory."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    ended = json.dumps({"state": "failed", "code": 1, "message": "m", **facts}, indent=1)
+    programs = program(tmp_path / "bin", "python", f"echo {run}")
+    program(programs, "srun", f"echo '{ended}' > {run}/status.json; {f'echo step-1 > {run}/checkpoints/latest;' if saves else ''} exit 1")
+    program(programs, "scontrol", '[ "$1" = requeue ] || echo "JobId=7 JobState=RUNNING Reason=None"')
+    program(programs, "sleep", "")
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "1"}
+    done = shell("pretrain.sbatch", "recipes/demo.yaml", PATH=f"{programs}:{os.environ['PATH']}", **job)
+    assert done.returncode == code and said.format(run=run) in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_images_take_the_versions_of_constraints_and_nothing_else():

@@ -4,22 +4,24 @@ The run directory is shared; scratch is on each machine's own disk. What is chec
 that the relaunched run's final weights are those of a run in two processes of one machine.
 """
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.hosts import Hosts, why_not
-from tests.support import ROOT, TINY, final_tensors, metrics, output, overrides, pretrain
+from tests.support import ROOT, TINY, final_tensors, metrics, output, overrides, pretrain, zero_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-TIMEOUT_SECONDS = 15
+TIMEOUT_SECONDS = 30  # a machine may also be that much later than the other one to begin
 VALUES = (
     *(value for value in TINY if not value.startswith(("run.trace_rows", "schedule.total"))),
     "model.image.name=test_convnext",
@@ -74,35 +76,41 @@ def machines(tmp_path):
     made.close()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert pretrain(run, "demo_clip.yaml", VALUES, ranks=2) == [0, 0], output(run)
-    return run
-
-
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + 600
     while not ((run / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(run, "train"))):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes), "no step was taken"
         time.sleep(0.05)
 
 
 def ended(process: subprocess.Popen) -> int:
-    """A launcher's exit code; it must end in the time that a collective may wait, and a launcher needs to tell its ranks and itself."""
-    return process.wait(timeout=TIMEOUT_SECONDS + 45)
+    """A launcher's exit code. Gloo's own limit is 30 minutes, a launcher's for its ranks half a minute; the rest is for a busy machine."""
+    return process.wait(timeout=TIMEOUT_SECONDS + 180)
 
 
-def same_weights(run: Path, undisturbed: Path) -> bool:
-    expected, found = final_tensors(undisturbed), final_tensors(run)
+def same_weights(run: Path, other: Path) -> bool:
+    expected, found = final_tensors(other), final_tensors(run)
     return expected.keys() == found.keys() and all(tensor.equal(found[name]) for name, tensor in expected.items() if name.startswith("model/"))
 
 
-CONFIGURATIONS = ["cpu.yaml", "cpu_zero2.yaml"]
+CONFIGURATIONS = {"cpu.yaml": {}, "cpu_zero2.yaml": zero_environment(2, ranks=2)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Callable[[str], Path]:
+    """The run that a configuration makes in two processes of one machine: strategies differ by rounding."""
+
+    @functools.cache
+    def run_of(configuration: str) -> Path:
+        run = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert pretrain(run, "demo_clip.yaml", VALUES, ranks=2, env=CONFIGURATIONS[configuration]) == [0, 0], output(run)
+        return run
+
+    return run_of
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_two_machines_train_and_one_that_is_switched_off_is_named(tmp_path, machines, undisturbed, configuration):
+def test_two_machines_train_and_one_that_is_switched_off_is_named(tmp_path, machines, configuration):
     run = tmp_path / "run"
     processes = machines.launch(run, configuration)
     wait_for_step(run, 20, processes)
@@ -130,10 +138,10 @@ def test_a_cut_cable_is_told_on_both_sides_and_the_run_goes_on_from_its_checkpoi
     machines.second.cut_off(cut=False)
     for log in machines.logs:
         log.unlink()
-    assert [process.wait(timeout=240) for process in machines.launch(run, configuration)] == [0, 0], machines.logs[0].read_text()[-4000:]
+    assert [process.wait(timeout=900) for process in machines.launch(run, configuration)] == [0, 0], machines.logs[0].read_text()[-4000:]
     assert "the same" not in machines.logs[0].read_text() and len({line["step"] for line in metrics(run, "train")}) == STEPS
     assert max(line["attempt"] for line in metrics(run, "train")) == 2
-    assert same_weights(run, undisturbed)
+    assert same_weights(run, undisturbed(configuration))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

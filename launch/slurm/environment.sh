@@ -6,14 +6,12 @@ fail() {
     exit 1
 }
 
-[ -f launch/slurm/node.sh ] || fail "$PWD is no checkout of protoclip-scale: submit from its top folder, or with --chdir"
-
 cluster_env=${PROTOCLIP_CLUSTER_ENV:-launch/slurm/cluster.env}
 if [ -e "$cluster_env" ]; then
-    set +u -a # what it sets is exported; `module load` reads variables that are not set
+    set +eu -a # what it sets is exported; `module load` reads variables that are not set, and a last condition that does not hold is no error
     # shellcheck source=launch/slurm/cluster.env.example
     source "$cluster_env"
-    set -u +a
+    set -eu +a
 elif [ -n "${PROTOCLIP_CLUSTER_ENV:-}" ]; then
     fail "PROTOCLIP_CLUSTER_ENV $cluster_env: there is no such file"
 fi

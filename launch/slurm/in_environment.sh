@@ -6,6 +6,7 @@ source launch/slurm/environment.sh
 
 environment=${PROTOCLIP_ENVIRONMENT:-}
 name=${environment#*:}
+[ -z "$environment" ] || export PYTHONNOUSERSITE=1 # packages in ~/.local would stand before those of an image or of conda
 case $environment in
     "") ;;
     venv:*)
@@ -21,8 +22,15 @@ case $environment in
         ;;
     apptainer:*)
         [ -e "$name" ] || fail "PROTOCLIP_ENVIRONMENT $environment: $HOSTNAME sees no such image"
-        # --nv: with the node's driver. The code is this checkout's; folders other than it and the home folder: APPTAINER_BIND.
-        set -- apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} --bind "$PWD" --pwd "$PWD" "$name" "$@"
+        # The code is this checkout's. Apptainer shows the home folder by itself, and what APPTAINER_BIND names.
+        folders=(--bind "$PWD")
+        for folder in "${PROTOCLIP_SCRATCH:-}" "${HF_HOME:-}"; do
+            if [ -n "$folder" ]; then
+                mkdir -p "$folder" # what is not there cannot be bound
+                folders+=(--bind "$folder")
+            fi
+        done
+        set -- apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} "${folders[@]}" --pwd "$PWD" "$name" "$@" # --nv: with the node's driver
         ;;
     *) fail "PROTOCLIP_ENVIRONMENT $environment: write venv:FOLDER, conda:NAME or apptainer:IMAGE" ;;
 esac

@@ -15,7 +15,7 @@ port=$((15000 + SLURM_JOB_ID % 15000))
 logs=${PROTOCLIP_LOGS:-logs}/$SLURM_JOB_ID/start-${SLURM_RESTART_COUNT:-0}/node-$SLURM_NODEID
 mkdir -p "$logs"
 
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes may reach no network; `launch/pretrain.py --check --fetch` has cached what a recipe needs
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes may reach no network; --check --fetch on a login node has cached what a recipe needs
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks_per_node ? cpus / ranks_per_node : 1))} # without it every rank would take all cores, or one
 export PYTHONFAULTHANDLER=1 # a crash in compiled code leaves a traceback
 export PYTHONUNBUFFERED=1   # what a rank said last is in its log

@@ -204,9 +204,10 @@ class _ErrorsAsValues(Dataset):
             return error
 
 
-def _leave_with_parent(worker: int) -> None:
-    """Ends a worker when the training process is gone. torch watches the parent, which for a forked-from-server worker is the server, and the
-    server lives as long as its workers: after a SIGKILL of the training process all of them would stay for ever."""
+def _begin_worker(worker: int) -> None:
+    """Lets a signal end a worker, and the end of the training process. torch watches the parent, which for a forked-from-server worker is the server,
+    and the server lives as long as its workers: after a SIGKILL of the training process all of them would stay for ever."""
+    loader_server.within_reach()
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -230,11 +231,13 @@ def make_loader(batches: EpisodeBatches, first_step: int = 0, workers: int = 0, 
             num_workers=workers,
             multiprocessing_context=loader_server.context(batches.tokenizer.modules),
             pin_memory=pin_memory,
-            worker_init_fn=_leave_with_parent,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else the loader draws from, and so moves, the global generator
         )
+        with loader_server.out_of_reach():
+            values = iter(loader)
         try:
-            for value in loader:
+            for value in values:
                 if isinstance(value, UserError):
                     raise value
                 yield value

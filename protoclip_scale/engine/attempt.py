@@ -17,6 +17,7 @@ from protoclip_scale.engine.head_start import HeadStart
 from protoclip_scale.engine.machine import EpisodeMachine
 from protoclip_scale.engine.restore import copies_of
 from protoclip_scale.engine.run_folder import Start
+from protoclip_scale.engine.scratch import remove_scratch
 from protoclip_scale.engine.screens import last_facts, start_facts
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.errors import Stopped
@@ -54,7 +55,7 @@ def train(run: RunContext, accelerator: Accelerator, start: Start, head_start: H
     if head_start and head_start.seconds is not None:
         run.console.event(f"the spool survived: the first batch was ready {head_start.seconds:.1f} s after the process started")
     untrained = run.folder / "baseline.json"
-    if recipe.evaluation.sets and not collectives.broadcast_object(untrained.exists()):
+    if recipe.evaluation.sets and not collectives.from_rank_zero(untrained.exists):
         with run.phase("evaluate", machine.cursor.episode, total=None, unit="sets"):
             figures = baseline(recipe, run.tokenizer, run.device, meanwhile=run.stop.agree)
         if collectives.rank() == 0:
@@ -67,14 +68,15 @@ def train(run: RunContext, accelerator: Accelerator, start: Start, head_start: H
         raise
     export = run.folder / "export" / "open_clip"
     if recipe.run.export:
-        with standing.inside("export"), trainer.whole_model() as model:
+        with standing.inside("export"), trainer.averaged(), trainer.whole_model() as model:
             collectives.from_rank_zero(lambda: _export(model, recipe, export))
     _finish_copies(run, machine, None, meanwhile=run.stop.agree)
     run.trace.close()
-    collectives.on_each_machine(lambda: _remove_scratch(run.scratch))
+    collectives.on_each_machine(lambda: remove_scratch(run.scratch))
     facts = {"memory_gb": _peak_memory_gb(), "memory_after_imports_gb": memory_after_imports, "seconds": time.monotonic() - began, "export": export if recipe.run.export else None}
-    run.console.save_svg(run.folder / "pictures" / "console.svg")
-    run.console.finish(last_facts(run, **facts))
+    if collectives.rank() == 0:
+        run.console.save_svg(run.folder / "pictures" / "console.svg")
+        run.console.finish(last_facts(run, **facts))
 
 
 def _copier(run: RunContext) -> Copier | None:
@@ -97,13 +99,6 @@ def _export(model: DualEncoder, recipe: Recipe, folder: Path) -> None:
     """Replace the run's export by one of these weights."""
     shutil.rmtree(folder, ignore_errors=True)
     export_open_clip(model, recipe, folder)
-
-
-def _remove_scratch(folder: Path) -> None:
-    """The run's own scratch, and the folder around it if nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
 
 
 def _peak_memory_gb() -> float:

@@ -23,13 +23,20 @@ from protoclip_scale.data.spool import lane_bytes, lane_schema
 from protoclip_scale.data.text_augmentation import text_augmentation
 from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.engine import cost, refresh
+from protoclip_scale.engine.compilation import need_compilable_blocks, need_compilers
+from protoclip_scale.engine.memory import size_text
+from protoclip_scale.engine.memory_report import memory_tables, place_of
 from protoclip_scale.engine.microbatches import refuse_batch_norm
+from protoclip_scale.engine.model_cost import measure
+from protoclip_scale.engine.optimizer import rate_factors
 from protoclip_scale.engine.restore import ask_once, copies_of
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.sets import load_set
 from protoclip_scale.export.open_clip_layout import check_open_clip
 from protoclip_scale.models.build import build_model
+from protoclip_scale.models.dual_encoder import DualEncoder
+from protoclip_scale.models.parts import parameters_of
 from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.teacher import open_teacher
@@ -44,13 +51,15 @@ EPISODES_ON_DISK = 2
 class Check:
     """Collects tables, problems (exit code 1) and remarks about one recipe."""
 
-    def __init__(self, recipe: Recipe, world: int):
+    def __init__(self, recipe: Recipe, world: int, memory_per_rank: int | None = None, recipe_file: str = "RECIPE"):
         self.recipe = recipe
         self.world = world
+        self.memory_per_rank = memory_per_rank
+        self.recipe_file = recipe_file
         self.problems: list[str] = []
         self.remarks: list[str] = []
         self.tables: list[Table] = []
-        self.index = self.plan = None
+        self.index = self.plan = self.command = None
         self.needed_bytes: dict[str, int] = {}  # in scratch
         self.recorded_bytes: dict[str, int] = {}  # in the run directory
 
@@ -138,6 +147,9 @@ class Check:
         model = self.attempt(lambda: build_model(recipe, features, recipe.run.seed, fresh=False))
         if model:
             self.attempt(lambda: refuse_batch_norm(model, recipe, self.world))
+            if recipe.optim.compile_blocks:
+                self.attempt(lambda: need_compilable_blocks(model))
+                self.attempt(lambda: need_compilers(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
         teacher_dim = self._teacher_dim()
         if self.plan and recipe.prototypes:
             self.needed_bytes["features"] = cost.feature_store_bytes(recipe, self.plan.episode_size, teacher_dim)
@@ -145,14 +157,36 @@ class Check:
         if model is None:
             return
         self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]
-        counted = cost.measure(model, recipe)
+        if not self._trained(model):
+            return
+        counted = measure(recipe, objectives)
         self.table("Parameters", [(part, f"{number:,}") for part, number in counted.parameters.items()] + [("all", f"{counted.num_parameters:,}")])
         flops = cost.flops_per_sample(counted, recipe, objectives, self.world)
         self.table("FLOPs per sample", [(part, f"{number:.3g}") for part, number in flops.items()] + [("all", f"{sum(flops.values()):.3g}")])
-        memory = cost.memory_per_rank(counted, recipe, objectives, self.world)
-        self.table("Memory per rank under DDP", [(part, size_text(number)) for part, number in memory.items()] + [("all (estimate)", size_text(sum(memory.values())))])
-        if torch.cuda.is_available() and sum(memory.values()) > (available := torch.cuda.mem_get_info()[1]):
-            self.remarks.append(f"the estimated memory, {size_text(sum(memory.values()))}, is more than this GPU's {size_text(available)}: use more ranks or a smaller data.plan.global_batch")
+        place = place_of(self.world, self.memory_per_rank)
+        tables, self.command = memory_tables(counted, recipe, objectives, self.world, place, self.recipe_file)
+        for title, rows in tables.items():
+            self.table(title, rows)
+
+    def _trained(self, model: DualEncoder) -> bool:
+        """Frozen parts, and learning rates that differ from layer to layer; whether the model has all the parts."""
+        recipe = self.recipe
+        parts = self.attempt(lambda: [parameters_of(model, part) for part in recipe.model.frozen])
+        factors = self.attempt(lambda: rate_factors(model, recipe.optim))
+        if factors and recipe.optim.layer_decay:
+            rows = []
+            for side in ("image", "text"):
+                own = {factor for name, factor in factors.items() if name.startswith(f"{side}_tower.")}
+                rows.append((f"{side} tower", f"{min(own):.3g} to {max(own):.3g}, {len(own)} layers" if len(own) > 1 else f"{max(own):.3g}"))
+            self.table("Learning-rate factors", [*rows, ("projections, heads, temperatures", "1")])
+        for side, tower in (("image", recipe.model.image), ("text", recipe.model.text)):
+            random = not tower.pretrained and recipe.model.init_from is None
+            for part in {"image": ("image_tower",), "text": ("text_tower", "token_embedding")}[side]:
+                if random and part in recipe.model.frozen:
+                    self.remarks.append(f"model.frozen {part} keeps random weights: neither model.{side}.pretrained nor model.init_from gives it any")
+        if {"image_tower", "text_tower"} <= set(recipe.model.frozen):
+            self.remarks.append("model.frozen leaves projections, heads and temperatures to train")
+        return parts is not None
 
     def _recorded_bytes(self, recipe: Recipe) -> None:
         """What clusterings leave in the run directory: recorded features, of as many episodes as a checkpoint counts on, and the labels of a teacher clustered once."""
@@ -220,11 +254,11 @@ class Check:
             self.problems.append(f"model.init_from {start}: there is no such folder; name a run, an export, a transformers CLIP, or open_clip:NAME/TAG")
 
 
-def run_check(recipe: Recipe, world: int) -> int:
+def run_check(recipe: Recipe, world: int, memory_per_rank: int | None = None, recipe_file: str = "RECIPE") -> int:
     """Print the report on rank 0; the number of problems found. Reads footers and captions, builds the model, trains nothing."""
     if int(os.environ.get("RANK", "0")):
         return 0
-    check = Check(recipe, world)
+    check = Check(recipe, world, memory_per_rank, recipe_file)
     for part in (check.data, check.model, check.disk, check.evaluation, check.remark):
         part()
     console = Console(soft_wrap=True, highlight=False)
@@ -236,15 +270,8 @@ def run_check(recipe: Recipe, world: int) -> int:
         console.print(f"[yellow]note[/yellow] {escape(redact_text(remark))}")
     for problem in check.problems:
         console.print(f"[red]problem[/red] {escape(redact_text(problem))}")
+    if check.command:
+        console.print(f"launch with: {escape(check.command)}\n")
     found = len(check.problems)
     console.print(f"{found or 'no'} problem{'' if found == 1 else 's'} found")
     return found
-
-
-def size_text(number: float) -> str:
-    """Bytes as B, kB, MB, GB or TB (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"

@@ -23,6 +23,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--extend", action="store_true", help="let schedule.total differ from the run that is resumed")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="fail unless exactly N ranks run")
     parser.add_argument("--check", action="store_true", help="train nothing; print what would be run and every problem found")
+    parser.add_argument("--memory-per-rank", metavar="SIZE", help="with --check: what a rank's device holds, for instance 80GB, where that is another one than this machine's; --expect-ranks says how many ranks")
     parser.add_argument("--fetch", action="store_true", help="with --check: first cache the models and tokenizers that the recipe names, so that jobs need no network")
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION", help="this text, or the keys of a recipe's section")
     options = parser.parse_args(arguments)
@@ -50,16 +51,20 @@ def main(arguments: Sequence[str]) -> int:
         recipe = load_recipe(options.recipe, options.set)
         if options.fetch and not options.check:
             raise UserError("--fetch has no effect without --check; add it, on a machine with a network")
+        if options.memory_per_rank and not options.check:
+            raise UserError("--memory-per-rank has no effect without --check; add it, or leave it away")
         if options.fetch:
             from protoclip_scale.engine.prefetch import fetch
 
             fetch(recipe)
         if options.check:
             from protoclip_scale.engine.check import run_check
+            from protoclip_scale.engine.memory import parse_size
 
             if options.run_dir:
                 recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": options.run_dir})})
-            return 1 if run_check(recipe, options.expect_ranks or int(os.environ.get("WORLD_SIZE", "1"))) else 0
+            memory = parse_size(options.memory_per_rank) if options.memory_per_rank else None
+            return 1 if run_check(recipe, options.expect_ranks or int(os.environ.get("WORLD_SIZE", "1")), memory, options.recipe) else 0
         if key := stars_in(recipe):
             raise UserError(f"{options.recipe}: {key} holds ***, which stands for a secret that was not written down; give the value again, with --set {key}=...")
         folder = run_directory(recipe, options.run_dir)
@@ -68,24 +73,24 @@ def main(arguments: Sequence[str]) -> int:
 
         return pretrain(recipe, folder, options)
     except LostRank as error:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        if error.speaks:
+            print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # taking the process group down would wait for the rank that is lost
     except UserError as error:
-        return _tell(str(error), folder if error.told else None)
+        return _tell(error, folder if error.told else None)
     except Stopped:
         return STOPPED_EXIT_CODE
 
 
-def _tell(message: str, folder: Path | None) -> int:
+def _tell(error: UserError, folder: Path | None) -> int:
     """One line on the error stream: rank 0's, or another rank's own if the run has failed for another reason. Before there is a
-    run all ranks meet the same error."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    run all ranks meet the same error, or those of one machine do: then its first rank tells it."""
+    message, rank = str(error), int(os.environ.get("RANK", "0"))
+    if rank and not (error.of_this_host and os.environ.get("LOCAL_RANK") == "0"):
         time.sleep(1)
         status = folder / "status.json" if folder else None
         if status is None or (status.exists() and json.loads(status.read_text(encoding="utf-8"))["message"] == message):
             return 1
-        message = f"rank {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
     return 1

@@ -1,8 +1,12 @@
 """Disks that are full, read-only or not ours: one line on what to do instead of a traceback."""
 
+import contextlib
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from protoclip_scale.errors import UserError
 
 ADVICE = {
     errno.ENOSPC: "disk full",
@@ -27,3 +31,14 @@ def disk_problem(error: BaseException, folder: Path) -> str | None:
     if not ours and number not in (errno.ENOSPC, errno.EDQUOT):
         return None  # perhaps data that cannot be read
     return f"{ADVICE[number]}: {where} could not be written; what has been published is whole: make room or make it writable, then start the same command again"
+
+
+@contextlib.contextmanager
+def disk_told(folder: Path) -> Iterator[None]:
+    """Turns an error of ``disk_problem`` into a UserError: where rank 0 writes for all, they end with the same one, which is told once."""
+    try:
+        yield
+    except Exception as error:
+        if line := disk_problem(error, folder):
+            raise UserError(line) from None
+        raise

@@ -1,16 +1,35 @@
 """How an attempt's end is told: to the other ranks, in status.json and the log, and by the exception that sets the exit code."""
 
 import contextlib
+import errno
 import sys
 from pathlib import Path
+
+import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.disk import disk_problem
 from protoclip_scale.engine.run_log import RunLog
-from protoclip_scale.engine.watch import NoWatch
+from protoclip_scale.engine.watch import NoWatch, aside
 from protoclip_scale.errors import STOPPED_EXIT_CODE, LostRank, UserError
 from protoclip_scale.report.console import Console
 from protoclip_scale.report.plain import append_log
+
+STATUS_SECONDS = 2.0  # for status.json, before the terminal gets its line
+_PASSING_NUMBERS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what a network file system says whose server is away
+_OF_THE_DEVICE = ("CUDA error", "cuDNN error", "HIP error")  # of a library, where torch raises a plain RuntimeError
+_LASTING = ("out of memory", "ALLOC_FAILED", "device-side assert")  # the run's own doing
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the cause may be gone at another start, perhaps on other machines: an outage, or a GPU that has failed."""
+    if isinstance(error, UserError):
+        return error.may_pass
+    if isinstance(error, OSError):
+        return error.errno in _PASSING_NUMBERS
+    text = str(error)
+    of_the_device = isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and text.startswith(_OF_THE_DEVICE))
+    return of_the_device and not any(word in text for word in _LASTING)
 
 
 class Ending:
@@ -38,9 +57,11 @@ class Ending:
 
     def failed(self, error: BaseException) -> BaseException:
         """Tell why this rank fails; gives the exception to end with: a UserError where the cause is another rank or a disk, otherwise the error itself."""
+        passes = may_pass(error)
         if not isinstance(error, UserError):
             if line := self._watch.cause(error):
                 error = LostRank(line)
+                error.speaks = self._watch.speaks()
             elif line := disk_problem(error, self._folder):
                 error = UserError(line)
         line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -48,15 +69,15 @@ class Ending:
             self._console.failure(line)
             error.told = self._log is not None
         self._console.close()
-        self._write_status(line, lost_rank=isinstance(error, LostRank))
+        self._write_status(line, lost_rank=isinstance(error, LostRank), may_pass=passes)
         self._watch.failed(line, own=not isinstance(error, LostRank))
         self._watch.close()
         return error
 
-    def _write_status(self, line: str, lost_rank: bool) -> None:
+    def _write_status(self, line: str, **facts: bool) -> None:
         if self._log is not None:
             with contextlib.suppress(OSError):  # the disk may be what failed
-                self._log.write_status("failed", 1, line, any_rank=True, lost_rank=lost_rank)
+                self._log.write_status("failed", 1, line, any_rank=True, **facts)
 
     def _tell(self, line: str) -> None:
         """A warning of the watch's, from its thread."""
@@ -69,7 +90,9 @@ class Ending:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
     def _ended_by_watch(self, line: str) -> None:
-        """The last words of a process whose main thread hangs."""
+        """The last words of a process whose main thread hangs, perhaps at the disk."""
+        speaks = self._watch.speaks()
+        aside(lambda: self._write_status(line, lost_rank=True)).join(STATUS_SECONDS)
+        if speaks:
+            print(f"error: rank {collectives.rank()}: {line}", file=sys.stderr, flush=True)
         self._console.failure(line)
-        self._write_status(line, lost_rank=True)
-        print(f"error: rank {collectives.rank()}: {line}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 ``PROTOCLIP_KILL_AT="cluster.iteration:3@1"`` sends SIGKILL to rank 1 when the event ``cluster.iteration`` happens for
 the third time on it; without ``@rank`` it is rank 0, and several places stand between commas. Without the variable an event costs one
-comparison. In the same form: ``PROTOCLIP_STOP_AT`` sends a SIGTERM, ``PROTOCLIP_HANG_AT`` a SIGSTOP, ``PROTOCLIP_STALL_AT`` lets the thread sleep
+comparison. In the same form: ``PROTOCLIP_STOP_AT`` sends a SIGTERM, ``PROTOCLIP_INTERRUPT_AT`` a SIGINT, ``PROTOCLIP_HANG_AT`` a SIGSTOP, ``PROTOCLIP_STALL_AT`` lets the thread sleep
 for ever, and ``PROTOCLIP_RAISE_AT`` raises a RuntimeError.
 """
 
@@ -24,6 +24,7 @@ def _fail() -> None:
 _ACTIONS: dict[str, Callable[[], None]] = {
     "PROTOCLIP_KILL_AT": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "PROTOCLIP_STOP_AT": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "PROTOCLIP_INTERRUPT_AT": lambda: os.kill(os.getpid(), signal.SIGINT),
     "PROTOCLIP_HANG_AT": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "PROTOCLIP_STALL_AT": lambda: time.sleep(1e9),
     "PROTOCLIP_RAISE_AT": _fail,

@@ -21,13 +21,16 @@ from protoclip_scale.engine.checkpoint import Cursor
 from protoclip_scale.engine.checkpoint.copying import Copier
 from protoclip_scale.engine.clustering import LABELINGS, Begun, cluster, labelings, num_iterations, on_iteration, seed_of
 from protoclip_scale.engine.context import RunContext
+from protoclip_scale.engine.ema import change_on_resume
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.fetch import Fetch
 from protoclip_scale.engine.head_start import HeadStart, train_batches
 from protoclip_scale.engine.pictures import draw_prototypes
+from protoclip_scale.engine.profile import StepProfiler
 from protoclip_scale.engine.records import Records
 from protoclip_scale.engine.run_folder import guard_attempt
 from protoclip_scale.engine.teacher_ahead import TeacherAhead
+from protoclip_scale.engine.throughput import Throughput
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.engine.training import train_episode
 from protoclip_scale.errors import Stopped, UserError
@@ -56,6 +59,8 @@ class EpisodeMachine:
         self.warm_centroids: dict[str, np.ndarray] = {}  # of the last clustering, where the next one starts from them
         self.row_labels: dict[str, RowLabels] = {}  # shared with the prototypes of a resumed episode: filled before it trains
         self.records = Records(run, trainer.objectives)
+        self.throughput = Throughput(run.recipe, trainer.objectives, run.device)
+        self.profiler = StepProfiler(run.recipe.run.profile, run.folder, run.device, run.console.event)
         self.group: dist.ProcessGroup | None = None  # of the thread that clusters a teacher
         self.ahead: Fetch | None = None
         self.copier: Copier | None = None  # on rank 0, if run.copy_to is set
@@ -105,7 +110,10 @@ class EpisodeMachine:
         if self.cursor.phase == "evaluate" and unfinished and self.cursor.step < self.run.schedule.total_steps:
             self._move(phase="train")  # the schedule ended inside this episode and has been extended
         self.trainer.strategy.precision.load(manifest["scaler"])
+        self.run.nonfinite.total = manifest.get("skipped_steps", 0)  # none in checkpoints of before
         self.trainer.build(self.cursor.episode, reader)
+        if news := change_on_resume(self.run.recipe.optim.ema, reader):
+            self.run.console.event(news)
         found = {name: prototypes.tensor(name) for name in prototypes.names("prototypes/")}
         if found and self.cursor.phase in ("train", "evaluate"):
             self.prototypes = EpisodePrototypes.from_tensors(self.cursor.episode, found, self.run.device, self.row_labels)
@@ -200,10 +208,10 @@ class EpisodeMachine:
         every = self.run.recipe.run.checkpoint_steps
         num_steps = min(self.run.plan.steps_per_episode, self.run.schedule.total_steps - first)
         recorder = self.records.begin(episode, done)
-        with self.run.phase("train", episode, total=num_steps, unit="steps", done=done):
+        with self.run.phase("train", episode, total=num_steps, unit="steps", done=done), self.profiler.episode():
             batches = (self.head_start and self.head_start.take(episode, done)) or train_batches(self.run, self.plan, done)
             left = batches if done < num_steps else iter(())  # none, if the run was stopped after its last step
-            for step in train_episode(self.run, self.trainer, left, episode, self.cursor.step, self.prototypes, recorder):
+            for step in train_episode(self.run, self.trainer, left, episode, self.cursor.step, self.prototypes, recorder, self.throughput, self.profiler):
                 self._move(step=step, step_in_episode=step - first)
                 if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
                     self.ahead = Fetch(self.run, episode + 1)
@@ -222,13 +230,14 @@ class EpisodeMachine:
     def _evaluate(self, episode: int) -> None:
         if not self.run.recipe.evaluation.sets or not self._evaluates(episode):
             return
-        if collectives.broadcast_object(self.run.log.last("eval", self.cursor.step)):
+        if collectives.from_rank_zero(lambda: self.run.log.last("eval", self.cursor.step)):
             return
         with self.run.phase("evaluate", episode, total=None, unit="sets"):
             event("evaluate.start")
-            with self.trainer.strategy.evaluating() as model:
+            with self.trainer.averaged(), self.trainer.strategy.evaluating() as model:
                 figures = evaluate(model, self.run.recipe, self.run.tokenizer, self.run.device, prototypes=self.prototypes, meanwhile=self.run.stop.agree)
-        self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **figures)
+        mark = {"weights": "ema"} if self.trainer.average else {}
+        self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **mark, **figures)
         self.run.console.evaluation(figures)
 
     @property
@@ -238,10 +247,10 @@ class EpisodeMachine:
     def _save(self) -> None:
         """Publish the weights, the optimiser and the prototypes they were trained with; once for a step."""
         folder = checkpoint.folder_of(self.run.folder, self.cursor.step)
-        if not collectives.broadcast_object(folder.is_dir()):
+        if not collectives.from_rank_zero(folder.is_dir):  # others would remember that it was not there
             self.records.flush()
             shared = self._warm_tensors() | (self.prototypes.tensors() if self.prototypes else {})
-            pieces = itertools.chain(self.trainer.strategy.pieces(), checkpoint.replicated_pieces(shared))
+            pieces = itertools.chain(self.trainer.pieces(), checkpoint.replicated_pieces(shared))
             self._publish(folder, pieces, self.cursor, weights=self.run.recipe.run.weights)
         self._point_to(folder)
 
@@ -263,7 +272,7 @@ class EpisodeMachine:
     def _publish(self, folder: Path, pieces: Iterable[checkpoint.Piece], cursor: Cursor, weights: bool = False) -> None:
         about = checkpoint.describe(
             cursor, self._samples, self.run.attempt, run_id=self.run.run_id, plan=self.run.plan.fingerprint, scaler=self.trainer.strategy.precision.state(),
-            recorded=self.records.counted_on(cursor),
+            recorded=self.records.counted_on(cursor), skipped_steps=self.run.nonfinite.total,
         )
         with self.run.clock.measure("checkpoint"):
             checkpoint.save(folder, pieces, about, lambda: guard_attempt(self.run.folder, self.run.attempt), weights=weights)

@@ -1,5 +1,9 @@
 """Steps whose loss or gradient is not finite are skipped on all ranks; too many in a row end the run, with the rows of the last one."""
 
+import itertools
+
+import torch
+
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
 from protoclip_scale.data.rows import unpack_row_ids
@@ -10,7 +14,7 @@ SCALE_SEARCH_STEPS = 16  # fp16's loss scale starts at 2^16 and is halved until 
 
 
 class NonFiniteSteps:
-    """Counts skipped steps of an attempt."""
+    """Counts skipped steps: ``total`` of the run, over all its attempts."""
 
     def __init__(self, allowed_in_a_row: int, scales_loss: bool):
         self.allowed = allowed_in_a_row
@@ -21,14 +25,18 @@ class NonFiniteSteps:
     def passed(self) -> None:
         """A step was taken."""
         self.in_a_row = 0
+        self.allowed_now = self.allowed
 
-    def skipped(self, batch: Batch, step: int) -> None:
-        """A step was skipped on all ranks; UserError if it was one too many. A collective then."""
+    def skipped(self, batch: Batch, step: int, loss: torch.Tensor) -> None:
+        """A step was skipped on all ranks; UserError if it was one too many, which names rows of the ranks whose ``loss`` is not finite, or of all if only the
+        gradient was not. A collective then."""
         self.in_a_row += 1
         self.total += 1
         if self.in_a_row <= self.allowed_now:
             return
-        row_ids = sum(collectives.all_gather_objects(batch.row_ids.tolist()), [])
+        ranks = collectives.all_gather_objects((batch.row_ids.tolist(), bool(loss.isfinite())))
+        spoilt = [row_ids for row_ids, finite in ranks if not finite] or [row_ids for row_ids, _ in ranks]
+        row_ids = [row for row in itertools.chain(*itertools.zip_longest(*spoilt)) if row is not None]  # some of each rank
         places = zip(*unpack_row_ids(row_ids[:ROWS_NAMED]), strict=True)
         named = ", ".join(f"{source}/{block}/{row}" for source, block, row in places)
         raise UserError(

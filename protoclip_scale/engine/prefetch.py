@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import Recipe
+from protoclip_scale.redact import redact_text
 
 
 class Need(NamedTuple):
@@ -64,7 +65,7 @@ def _without_a_hub(recipe: Recipe) -> list[str]:
         lines.append(f"nothing to fetch for prompts: {prompts} stand{'s' * (prompts == 1)} in the recipe")
     for source in recipe.data.sources:
         if source.hub or any("://" in place for place in (*source.patterns, recipe.data.root)):
-            lines.append(f"not fetched: data.sources {source.label} is read over the network while training" + ("; start jobs with HF_HUB_OFFLINE=0" if source.hub else ""))
+            lines.append(f"not fetched: data.sources {redact_text(source.label)} is read over the network while training" + ("; start jobs with HF_HUB_OFFLINE=0" if source.hub else ""))
     return lines
 
 

@@ -27,6 +27,7 @@ class Records:
             dim, info = run.recipe.model.prototype_heads.dim, {"run_id": run.run_id, "plan": run.plan.fingerprint}
             about = run.folder, episode, dim, run.recipe.data.plan.lanes, run.plan.lane_rows, info
             collectives.from_rank_zero(lambda: recording.create(*about) and None)
+            recording.wait_until_created(run.folder, episode)
             self._recorder = Recorder(recording.create(*about), run.lanes, step_in_episode * run.plan.per_lane)
         return self._recorder
 
@@ -52,16 +53,22 @@ class Records:
         event("records.sealed")
 
     def counted_on(self, cursor: Cursor) -> list[int]:
-        """Episodes whose records a run that goes on from ``cursor`` must find, the one in training included; for a checkpoint's manifest."""
+        """Episodes whose records a run that goes on from ``cursor`` must find, the one in training included; for a checkpoint's manifest. A collective."""
+        if not self._looks_back:
+            return []
         clustering = cursor.episode + (cursor.phase in ("train", "evaluate"))
         looked_into = range(clustering - self._looks_back, clustering)
-        return [number for number in recording.recorded_episodes(self._run.folder) if number in looked_into]
+        found = collectives.from_rank_zero(lambda: recording.recorded_episodes(self._run.folder))
+        return [number for number in found if number in looked_into]
 
     def check(self, manifest: dict) -> None:
         """Raises UserError if records that a checkpoint counts on are gone; a collective."""
-        for number in manifest.get("recorded", ()):
-            recording.check(self._run.folder, number)
-        collectives.barrier()
+
+        def check_all() -> None:
+            for number in manifest.get("recorded", ()):
+                recording.check(self._run.folder, number)
+
+        collectives.from_rank_zero(check_all)
 
     def take_back(self, cursor: Cursor) -> None:
         """Remove records of later episodes than the run goes on from: those did not happen."""

@@ -20,6 +20,7 @@ from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine import strategy as strategies
 from protoclip_scale.engine.checkpoint import Cursor
 from protoclip_scale.engine.context import BadRows, RunContext, lanes_of_this_node
+from protoclip_scale.engine.disk import disk_told
 from protoclip_scale.engine.ending import Ending
 from protoclip_scale.engine.head_start import HeadStart
 from protoclip_scale.engine.learning import LearningWatch
@@ -27,6 +28,7 @@ from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_folder import Start, check_sources, open_run, pinned
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.engine.scratch import open_scratch
 from protoclip_scale.engine.shared_folder import check_shared
 from protoclip_scale.engine.signals import StopFlag
 from protoclip_scale.engine.trace import RowTrace
@@ -49,7 +51,7 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     ending = Ending(folder, watch)
     try:
         # Copies may have to be brought from far away.
-        start: Start = collectives.from_rank_zero_patiently(lambda: open_run(folder, recipe, options.resume, options.extend), meanwhile=lambda: None)
+        start: Start = collectives.from_rank_zero_patiently(lambda: _opened(folder, recipe, options), meanwhile=lambda: None)
         is_main = collectives.rank() == 0
         log = RunLog(folder, start.attempt, is_main)
         console = make_console(is_main, folder / "log.txt", None)
@@ -78,10 +80,16 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _opened(folder: Path, recipe: Recipe, options: argparse.Namespace) -> Start:
+    """For rank 0."""
+    with disk_told(folder):
+        return open_run(folder, recipe, options.resume, options.extend)
+
+
 def _resumed_at(start: Start) -> Cursor:
-    """Where the run will go on."""
+    """Where the run will go on; a collective."""
     try:
-        added = checkpoint.prototypes_manifest(start.checkpoint)
+        added = collectives.from_rank_zero(lambda: checkpoint.prototypes_manifest(start.checkpoint))
     except UserError:  # the machine tells it, and clusters again
         added = None
     return checkpoint.cursor_of(added or start.manifest)
@@ -100,9 +108,7 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
             f"{folder}: the data or data.plan differ from those the checkpoint was trained on (plan {start.manifest['plan']}, now {plan.fingerprint}); "
             "restore the files under data.root, or choose another --run-dir"
         )
-    # Of this run and this machine alone, since scratch may be shared by both others; removed at the end.
-    machine = collectives.rank() // collectives.local_world_size()
-    scratch = Path(recipe.run.scratch_dir.format(dir=folder, name=recipe.name)).absolute() / f"{start.run_id}-{machine:04d}"
+    scratch = open_scratch(Path(recipe.run.scratch_dir.format(dir=folder, name=recipe.name)).absolute(), start.run_id)
     quarantine = Quarantine(folder / "quarantine" / f"rank-{collectives.rank():05d}.jsonl")
     return RunContext(
         recipe=recipe,

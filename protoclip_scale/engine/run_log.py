@@ -118,9 +118,9 @@ class RunLog:
                         found = entry
         return found
 
-    def write_status(self, state: str, code: int | None = None, message: str = "", resumable: bool = True, any_rank: bool = False, lost_rank: bool = False) -> None:
+    def write_status(self, state: str, code: int | None = None, message: str = "", resumable: bool = True, any_rank: bool = False, lost_rank: bool = False, may_pass: bool = False) -> None:
         """Replace status.json, unless a newer attempt owns the run. ``any_rank``: a failure that perhaps only this rank saw; the first is kept.
-        ``lost_rank``: the cause lies outside of the run, so that another start may get further (job scripts read it)."""
+        ``lost_rank``, ``may_pass``: the cause lies outside of the run, so that another start may get further (job scripts read them)."""
         newest = newest_attempt(self.run_dir)
         if newest > self.attempt or not (self.is_main or (any_rank and newest == self.attempt)):
             return  # another rank may even look at another folder, where the attempt is not
@@ -130,8 +130,7 @@ class RunLog:
             if state == "failed" and before["state"] == "failed" and before["attempt"] == self.attempt:
                 return  # the first failure is the cause; the others lost a peer
         facts = {"state": state, "code": code, "message": redact_text(message), "resumable": resumable, "attempt": self.attempt, "time": round(time.time(), 3)}
-        if lost_rank:
-            facts["lost_rank"] = True
+        facts |= {name: True for name, holds in (("lost_rank", lost_rank), ("may_pass", may_pass)) if holds}
         try:
             publish_json(path, facts)
         except OSError as error:

@@ -1,6 +1,7 @@
 """A trained model, from its run directory."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from protoclip_scale.engine.checkpoint import read_weights
 from protoclip_scale.errors import UserError
@@ -10,13 +11,24 @@ from protoclip_scale.objectives import build_objectives, features_of
 from protoclip_scale.recipe import Recipe, load_recipe
 
 
-def load_model(run_dir: Path | str, chosen: str = "latest") -> tuple[Recipe, DualEncoder]:
-    """A run's recipe and its model in evaluation mode, on the CPU. Raises UserError if there is no run or no sound checkpoint."""
+class SavedModel(NamedTuple):
+    """A run's recipe, its model in evaluation mode on the CPU, and whose weights it has: ``live`` or ``ema``."""
+
+    recipe: Recipe
+    model: DualEncoder
+    weights: str
+
+
+def load_model(run_dir: Path | str, chosen: str = "latest", weights: str | None = None) -> SavedModel:
+    """The model of a run's checkpoint; a collective. ``weights``: live or ema; None takes the average if there is one.
+
+    Raises UserError if there is no run, no sound checkpoint, or no average where one is asked for.
+    """
     run_dir = Path(run_dir)
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it holds no recipe.yaml")
     recipe = load_recipe(run_dir / "recipe.yaml")
-    weights = read_weights(run_dir, chosen)
+    weights, tensors = read_weights(run_dir, chosen, weights)
     model = build_model(recipe, features_of(build_objectives(recipe)), recipe.run.seed, fresh=False)
-    model.load_state_dict(weights, strict=True)
-    return recipe, model.eval()
+    model.load_state_dict(tensors, strict=True)
+    return SavedModel(recipe, model.eval(), weights)

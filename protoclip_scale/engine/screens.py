@@ -44,7 +44,7 @@ def start_facts(run: RunContext, strategy: Strategy, resumed: Path | None) -> di
 
 
 def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float, seconds: float, export: Path | None) -> dict[str, Any]:
-    """What came out, where it lies, and what it cost."""
+    """What came out, where it lies, and what it cost; for rank 0."""
     baseline = run.folder / "baseline.json"
     quarantine = run.folder / "quarantine"
     listed = read_quarantine(quarantine)
@@ -66,6 +66,7 @@ def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float
         "export_command": None if export else f"python launch/export.py --run {shown(run.folder)} --layout open_clip --out DIR",
         "pictures": [shown(path) for path in pictures if path.exists()],
         "notes": [
+            *(["evaluated and exported are the averaged weights (optim.ema)"] if run.recipe.optim.ema else []),
             f"{memory_gb - memory_after_imports_gb:.2f} GB of the peak memory are above what imports take",
             *([f"{summary(listed)} could not be used and were replaced; listed in {shown(quarantine)}"] if listed else []),
         ],

@@ -1,20 +1,26 @@
 """The model in training: what is built, one loss, one step."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
 from protoclip_scale.engine import checkpoint, state
-from protoclip_scale.engine.checkpoint import Reader
+from protoclip_scale.engine.checkpoint import Piece, Reader
+from protoclip_scale.engine.compilation import compile_blocks
+from protoclip_scale.engine.ema import WeightAverage
 from protoclip_scale.engine.freezing import active_objectives, trained_parameters
 from protoclip_scale.engine.microbatches import refuse_batch_norm
 from protoclip_scale.engine.optimizer import parameter_groups
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.strategy import Strategy, Update
+from protoclip_scale.errors import UserError
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import Objective, Targets, features_of
@@ -41,6 +47,7 @@ class Trainer:
         self.schedule = schedule
         self.features = features_of(objectives)
         self.trained: frozenset[str] = frozenset()
+        self.average: WeightAverage | None = None
 
     @property
     def model(self) -> DualEncoder:
@@ -48,21 +55,38 @@ class Trainer:
 
     def build(self, episode: int, reader: Reader | None = None) -> None:
         """Make the model and optimiser for an episode and wrap them; with a checkpoint's ``reader`` they continue from there."""
+        self.average = None  # it holds the model's memory
         self.strategy.release()
-        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=reader is None, read_run=checkpoint.read_weights).to(self.strategy.device)
+        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=reader is None, read_run=weights_of_run)
+        if self.strategy.whole:  # otherwise it goes there in parts: whole it may not fit
+            model = model.to(self.strategy.device)
         if reader:
             state.load_weights(model, reader)
         refuse_batch_norm(model, self.recipe, collectives.world_size())
         self.trained = trained_parameters(model, self.recipe, self.objectives, episode)
         model.train_only(self.trained)
+        if self.recipe.optim.compile_blocks:
+            if not self.strategy.compiles:
+                raise UserError(f"optim.compile_blocks true does not go with {self.strategy.title}, whose hooks inside blocks cannot be compiled; set it to false, or launch with another of launch/accelerate/")
+            compile_blocks(model, self.strategy.device)
         self.strategy.prepare(model, parameter_groups(model, self.recipe.optim), self.recipe.optim)
         if reader:
             self.strategy.load(reader)
+        if self.recipe.optim.ema:
+            self.average = WeightAverage(self.recipe.optim.ema, self.strategy.weight_pieces(), reader)
 
     def rebuild(self, episode: int, open_reader: Callable[[], Reader]) -> None:
         """Change what trains, if the episode asks for that, by the way a resumed run is built; ``open_reader``: a checkpoint of the weights as they are now."""
         if trained_parameters(self.model, self.recipe, self.objectives, episode) != self.trained:
             self.build(episode, open_reader())
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's share of all that a checkpoint keeps of model and optimiser."""
+        yield from itertools.chain(self.strategy.weight_pieces(), self.strategy.optimizer_pieces(), self.average.pieces() if self.average else ())
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """The model with its averaged weights, if ``optim.ema`` keeps any: what is evaluated and exported. A collective; see ``Strategy.holding``."""
+        return self.strategy.holding(self.average.weights()) if self.average else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[DualEncoder | None]:
@@ -81,16 +105,24 @@ class Trainer:
     def active(self, episode: int) -> dict[str, Objective]:
         return active_objectives(self.objectives, episode)
 
+    def wants(self, episode: int) -> frozenset[str]:
+        """Features that a step of the episode computes."""
+        return frozenset().union(*(objective.needs for objective in self.active(episode).values()))
+
     def loss(self, batch: Batch, episode: int, prototypes: EpisodePrototypes | None, records: frozenset[str] = frozenset()) -> Loss:
         """One forward of the local rows and all active objectives; a collective. ``records``: features to compute besides, without gradient."""
-        active = self.active(episode)
-        wants = frozenset().union(*(objective.needs for objective in active.values()))
-        device, rows = self.strategy.device, len(batch.positions)
+        device = self.strategy.device
         inputs = batch.images.to(device, non_blocking=True), batch.token_ids.to(device, non_blocking=True), batch.token_lengths
-        features = self.strategy(*inputs, wants=wants, records=records, microbatch=self.recipe.optim.microbatch)
+        with record_function("towers"):
+            features = self.strategy(*inputs, wants=self.wants(episode), records=records, microbatch=self.recipe.optim.microbatch)
+        with record_function("losses"):
+            return self._losses(features, batch, episode, prototypes)
+
+    def _losses(self, features: dict[str, torch.Tensor], batch: Batch, episode: int, prototypes: EpisodePrototypes | None) -> Loss:
+        active, rows = self.active(episode), len(batch.positions)
         names = sorted(set().union(*(objective.gathers for objective in active.values())))
         gathered = {name: collectives.all_gather_with_grad(features[name]) for name in names}
-        columns_B = torch.arange(rows, device=device) + collectives.rank() * rows
+        columns_B = torch.arange(rows, device=self.strategy.device) + collectives.rank() * rows
         targets = Targets(columns_B)
         if prototypes:
             targets = Targets(columns_B, prototypes.centroids, prototypes.labels_of(batch, features))
@@ -101,5 +133,15 @@ class Trainer:
     def step(self, loss: Loss, step: int, stop: bool = False) -> Update:
         """Backward, clip and update; ``stop``: this rank was asked to stop."""
         self.strategy.set_learning_rates(self.schedule.learning_rates(step))
-        self.strategy.backward(loss.total)
-        return self.strategy.update(stop)
+        with record_function("backward"):
+            self.strategy.backward(loss.total)
+        with record_function("update"):
+            update = self.strategy.update(stop)
+            if update.taken and self.average:
+                self.average.update()
+        return update
+
+
+def weights_of_run(run_dir: Path) -> dict[str, torch.Tensor]:
+    """What ``model.init_from`` takes of a run: the averaged weights of its latest checkpoint, if there are any."""
+    return checkpoint.read_weights(run_dir)[1]

@@ -5,12 +5,16 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from torch.profiler import record_function
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
 from protoclip_scale.data.randomness import raw_keys
+from protoclip_scale.engine.compilation import num_graphs
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.faults import event
+from protoclip_scale.engine.profile import StepProfiler
+from protoclip_scale.engine.throughput import Throughput
 from protoclip_scale.engine.trainer import Loss, Trainer
 from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.prototypes.recording import COLUMNS, Recorder
@@ -19,7 +23,8 @@ from protoclip_scale.prototypes.recording import COLUMNS, Recorder
 def _timed(batches: Iterator[Batch], waits: list[float]) -> Iterator[Batch]:
     while True:
         start = time.perf_counter()
-        batch = next(batches, None)
+        with record_function("data wait"):
+            batch = next(batches, None)
         waits.append(time.perf_counter() - start)
         if batch is None:
             return
@@ -39,15 +44,25 @@ def _seed_towers(seed: int, step: int) -> None:
 
 
 def train_episode(
-    run: RunContext, trainer: Trainer, batches: Iterator[Batch], episode: int, step: int, prototypes: EpisodePrototypes | None, recorder: Recorder | None
+    run: RunContext,
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    episode: int,
+    step: int,
+    prototypes: EpisodePrototypes | None,
+    recorder: Recorder | None,
+    throughput: Throughput,
+    profiler: StepProfiler,
 ) -> Iterator[int]:
     """Train on batches of the episode; yields the number of steps of the run taken so far, after each one. ``recorder`` keeps the features of the steps that
     were taken."""
     recipe, total = run.recipe, run.schedule.total_steps
     recorded = frozenset(COLUMNS.values()) if recorder else frozenset()
     waits: list[float] = []
-    window_start, window_steps = time.perf_counter(), 0
+    throughput.begin(trainer.wants(episode), trainer.trained)
     trainer.model.train()
+    profiler.at(step)
+    window_start, window_steps = time.perf_counter(), 0
     for batch in _timed(batches, waits):
         run.bad_rows.add(batch)
         _seed_towers(recipe.data.plan.seed, step)
@@ -58,21 +73,23 @@ def train_episode(
         if update.taken:
             run.nonfinite.passed()
         else:
-            run.nonfinite.skipped(batch, step)
+            run.nonfinite.skipped(batch, step, loss.total)
         if update.taken and recorder:
             recorder.write(batch.slots, batch.row_ids, loss.features)
         run.trace.write(step, batch.row_ids)
+        throughput.add(batch.token_lengths)
         step, window_steps = step + 1, window_steps + 1
         if step % recipe.run.log_steps == 0 or step == total:
             elapsed = time.perf_counter() - window_start
-            rate = window_steps * recipe.data.plan.global_batch / elapsed
             figures = _averaged(loss) | {
                 "lr": trainer.schedule.learning_rates(step - 1)["other"],
                 "gradient_norm": update.norm,
-                "samples_per_second": rate,
+                **throughput.figures(elapsed),
                 "data_wait_share": sum(waits) / elapsed,
                 "memory_gb": psutil.Process().memory_info().rss / 2**30,
             }
+            if recipe.optim.compile_blocks:
+                figures["compiled_graphs"] = num_graphs()
             if run.nonfinite.total:
                 figures["skipped_steps"] = run.nonfinite.total
             for name, label in (("logit_scale", "scale/logit"), ("prototype_scale", "scale/prototype")):
@@ -87,6 +104,7 @@ def train_episode(
         run.samples_trained += recipe.data.plan.global_batch
         run.console.advance(batch.step + 1)
         event("train.step")
+        profiler.at(step)
         yield step
         if step == total:
             return

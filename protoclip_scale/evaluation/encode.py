@@ -33,22 +33,22 @@ def nothing() -> None:
 def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Tensor], meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
     """Rows 0..num_rows-1 encoded ``batch`` at a time, in row order, on every rank's CPU.
 
-    Batch b is always rows [b*batch, (b+1)*batch) and rank b mod W encodes it: the batches are the same for every W, and so are the
-    figures, bit for bit on one kind of device. All ranks run the same number of batches (strategies that gather weights in
-    the forward pass would hang otherwise): a rank without work in the last round repeats the last batch, which is dropped.
+    Batch b is rows [b*batch, (b+1)*batch), the last one the last ``batch`` rows, and rank b mod W encodes it: the batches are the same for every W, and so are
+    the figures, bit for bit on one kind of device. All ranks encode equally many batches of equally many rows, as strategies need that gather weights in
+    the forward pass (a text tower is called once for every so many rows): a rank without work in the last round repeats the last batch, which is dropped.
     ``encode`` maps a range of rows to [rows, D]; ``meanwhile`` is called after each batch, and may be a collective. Cost: ceil(batches / W) forward passes and as many gathers of W*batch rows.
     """
     num_batches = math.ceil(num_rows / batch)
-    gathered = []
+    starts = [max(0, min(number * batch, num_rows - batch)) for number in range(num_batches)]
+    encoded = []
     for first in range(0, num_batches, collectives.world_size()):
-        index = min(first + collectives.rank(), num_batches - 1)
-        encoded = encode(range(index * batch, min((index + 1) * batch, num_rows))).float()
-        padded = encoded.new_zeros(batch, encoded.shape[1])
-        padded[: len(encoded)] = encoded
-        gathered.append(collectives.all_gather(padded).cpu())
+        start = starts[min(first + collectives.rank(), num_batches - 1)]
+        own = encode(range(start, min(start + batch, num_rows))).float()
+        of_ranks = collectives.all_gather(own).cpu().split(len(own))
+        encoded += [rows[number * batch - starts[number] :] for number, rows in zip(range(first, num_batches), of_ranks, strict=False)]
         standing.got_on()
         meanwhile()
-    return torch.cat(gathered)[:num_rows]
+    return torch.cat(encoded)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ parts. One group is the whole batch; 8 groups repeat the statistics of the publi
 torch's SyncBatchNorm has no groups and refuses CPU.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,16 @@ def _per_channel(values_C: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values_C.view(1, -1, *[1] * (like.dim() - 2))
 
 
+@functools.lru_cache(maxsize=256)  # a copy to a GPU waits for it, and each layer of a ResNet would make one in every pass
+def _counts(world: int, groups: int, rows: int, spatial: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[W, G, 1]: values per channel that each rank gives to each group."""
+    counts = torch.zeros(world, groups, 1, dtype=dtype)
+    for rank in range(world):
+        for group, start, stop in group_segments(rank, rows, world, groups):
+            counts[rank, group] = (stop - start) * spatial
+    return counts.to(device)
+
+
 class _SpreadBatchNorm(torch.autograd.Function):
     """Normalisation with groups that reach over ranks: one gather forward, one all-reduce backward."""
 
@@ -55,11 +66,7 @@ class _SpreadBatchNorm(torch.autograd.Function):
             local[0, group] = torch.stack((mean, (part - _per_channel(mean, part)).square_().sum(dims)))
         means, squares = collectives.all_gather(local).unbind(2)
 
-        counts = torch.zeros(world, groups, 1, dtype=dtype)
-        for other in range(world):
-            for group, start, stop in group_segments(other, rows, world, groups):
-                counts[other, group] = (stop - start) * spatial
-        counts = counts.to(input.device)
+        counts = _counts(world, groups, rows, spatial, dtype, input.device)
         total = world * rows * spatial // groups
         mean_GC = (counts * means).sum(0) / total
         var_GC = (squares + counts * (means - mean_GC).square()).sum(0) / total

@@ -52,7 +52,7 @@ class DualEncoder(nn.Module):
     projected outputs; ``logit_scale``, ``prototype_scale`` (1,). Projections are linear without bias, except where timm's
     model ends in its own (``ImageTower.ends_in_projection``). Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
 
-    ``compute_dtype``, if it is set, is what autocast runs the towers in. Everything that reads weights goes through ``forward``: where ranks hold
+    ``compiled``: whether blocks have been compiled in place. ``compute_dtype``, if it is set, is what autocast runs the towers in. Everything that reads weights goes through ``forward``: where ranks hold
     parts of them, they are put together by its hooks.
     """
 
@@ -74,8 +74,9 @@ class DualEncoder(nn.Module):
         if "prototype_scale" in features:
             self.prototype_logit_scale = LogitScale(model.logit_scale)
         self.normalization = NORMALIZATION[model.image.normalization]
-        self.image_frozen = False
+        self.frozen_towers: frozenset[str] = frozenset()
         self.compute_dtype: torch.dtype | None = None
+        self.compiled = False
 
     def forward(
         self,
@@ -104,12 +105,11 @@ class DualEncoder(nn.Module):
 
     def _features(self, images, token_ids, token_lengths, wants, records, microbatch) -> dict[str, torch.Tensor]:
         outputs = {}
-        for side, project, inputs in (("image", self._project_image, (images,)), ("text", self._project_text, (token_ids, token_lengths))):
+        for side, inputs in (("image", (images,)), ("text", (token_ids, token_lengths))):
             prototype, asked = f"{side}_prototype", wants | records
             if not asked & {side, prototype}:
                 continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not (side == "image" and self.image_frozen)):
-                projected = in_microbatches(project, microbatch, *inputs)
+            projected = self._projected(side, microbatch, *inputs)
             if side in wants:
                 outputs[side] = F.normalize(projected, dim=-1)
             if prototype in asked:
@@ -135,27 +135,33 @@ class DualEncoder(nn.Module):
             return images
         return normalize(images, *self.normalization).to(next(self.parameters()).dtype)
 
-    def _project_image(self, images: torch.Tensor) -> torch.Tensor:
-        return _in_full_precision(self.image_projection, self.image_tower(self.normalize_images(images)).pooled)
+    def _projected(self, side: str, microbatch: int | None, *inputs: torch.Tensor) -> torch.Tensor:
+        """[B, embed_dim] of a tower with its projection; of a frozen tower nothing is kept for the backward pass but what it gives."""
+        pool = {"image": self._pooled_image, "text": self.text_tower.pooled}[side]
+        projection = getattr(self, f"{side}_projection")
+        if side in self.frozen_towers:
+            with torch.no_grad():
+                pooled = in_microbatches(pool, microbatch, *inputs)
+            return _in_full_precision(projection, pooled)
+        return in_microbatches(lambda *rows: _in_full_precision(projection, pool(*rows)), microbatch, *inputs)
 
-    def _project_text(self, token_ids: torch.Tensor, token_lengths: torch.Tensor) -> torch.Tensor:
-        return _in_full_precision(self.text_projection, self.text_tower.pooled(token_ids, token_lengths))
+    def _pooled_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.image_tower(self.normalize_images(images)).pooled
 
     def _prototype(self, head: PrototypeHead, projected: torch.Tensor) -> torch.Tensor:
         return F.normalize(_in_full_precision(head, projected), dim=-1)
 
     def train_only(self, names: frozenset[str]) -> None:
-        """Ask for gradients of these parameters alone. An image tower of which nothing trains is locked: evaluation mode even after ``train()``."""
+        """Ask for gradients of these parameters alone. A tower of which nothing trains is frozen: evaluation mode even after ``train()``, no gradient."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
-        self.image_frozen = not any(name.startswith(("image_tower.", "image_projection.")) for name in names)
+        self.frozen_towers = frozenset(side for side in ("image", "text") if not any(name.startswith(f"{side}_tower.") for name in names))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "DualEncoder":
         super().train(mode)
-        if self.image_frozen:
-            self.image_tower.eval()
-            self.image_projection.eval()
+        for side in self.frozen_towers:
+            getattr(self, f"{side}_tower").eval()
         return self
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:

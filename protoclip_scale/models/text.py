@@ -30,6 +30,7 @@ class TextTower(nn.Module):
 
     def __init__(self, settings: schema.TextTower, pretrained: bool | None = None):
         super().__init__()
+        self.name = settings.name
         self.causal = settings.name == "clip"
         if self.causal:
             self.encoder, self.pooling = _clip(settings), "end"
@@ -59,6 +60,8 @@ class TextTower(nn.Module):
     def pooled(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """``forward``'s pooled features, in buckets of rows of like length, so that short captions do not pay for the padding of long ones."""
         device, sizes = token_ids.device, bucket_sizes(len(token_ids), token_ids.device.type)
+        if len(sizes) == 1 and self.causal:
+            return self._end_states(self.encoder.embeddings(input_ids=_trimmed(token_ids, lengths)), lengths)
         if len(sizes) == 1:
             return self(token_ids, lengths).pooled
         lengths = lengths.cpu()
@@ -73,7 +76,8 @@ class TextTower(nn.Module):
 
     def _end_states(self, embedded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """What CLIP's encoder pools of embedded tokens [b, T, D]."""
-        states = self.encoder.encoder(inputs_embeds=_trimmed(embedded, lengths), attention_mask=None, is_causal=True).last_hidden_state
+        # contiguous: compiled layers would else make one graph more for the first of them
+        states = self.encoder.encoder(inputs_embeds=_trimmed(embedded, lengths).contiguous(), attention_mask=None, is_causal=True).last_hidden_state
         ends = lengths.to(states.device, non_blocking=True) - 1
         return self.encoder.final_layer_norm(states[torch.arange(len(states), device=states.device), ends])
 

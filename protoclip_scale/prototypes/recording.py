@@ -4,6 +4,7 @@ One feature store per episode, ``recorded/episode-000012`` in the run directory 
 lane, with the row id of every row, so that a row is found again wherever a later epoch puts it.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.prototypes.store import FeatureStore
+from protoclip_scale.shared_files import wait_for
 
 COLUMNS = {"image": "image_prototype", "text": "text_prototype"}
 DTYPE = "float16"
@@ -38,6 +40,12 @@ def create(run_folder: Path, episode: int, dim: int, lanes: int, lane_rows: int,
     """The store of an episode, to be written to; the same one when called again, by another rank or after a kill."""
     layout = {"kind": KIND, "episode": episode, **info}
     return FeatureStore.create(folder_of(run_folder, episode), dict.fromkeys(COLUMNS, dim), lanes, lane_rows, dtype=DTYPE, info=layout, row_ids=True)
+
+
+def wait_until_created(run_folder: Path, episode: int) -> None:
+    """Until this machine sees the store that rank 0 has created; for a while."""
+    with contextlib.suppress(OSError):
+        wait_for(folder_of(run_folder, episode) / "layout.json")
 
 
 class Recorder:
@@ -75,7 +83,9 @@ def check(run_folder: Path, episode: int) -> None:
 
 
 def open_recorded(run_folder: Path, episode: int) -> FeatureStore:
-    """What an episode recorded, once it is sealed; see ``check``."""
+    """What an episode recorded, once rank 0 has sealed it; see ``check``."""
+    with contextlib.suppress(OSError):
+        wait_for(folder_of(run_folder, episode) / "manifest.json")
     check(run_folder, episode)
     return FeatureStore.open(folder_of(run_folder, episode))
 

@@ -27,6 +27,7 @@ from protoclip_scale.prototypes.mapped import let_pages_go
 from protoclip_scale.prototypes.store import read_facts
 from protoclip_scale.prototypes.teacher import TeacherFeatures
 from protoclip_scale.recipe.schema import Prototypes
+from protoclip_scale.shared_files import once_seen
 
 KIND = "teacher clusters"
 SCHEMA_VERSION = 1
@@ -42,9 +43,9 @@ class TeacherClusters:
     def __init__(self, folder: Path, manifest: dict[str, Any], index: Index):
         self.figures: dict[str, float] = manifest["figures"]
         self.history: list[dict[str, Any]] = manifest["history"]
-        arrays = safetensors.numpy.load_file(folder / CENTROIDS)
+        arrays = once_seen(folder / CENTROIDS, lambda: safetensors.numpy.load_file(folder / CENTROIDS))
         self.centroids, self.counts = arrays["centroids"], arrays["counts"]
-        self._labels = np.load(folder / LABELS, mmap_mode="r", allow_pickle=False)
+        self._labels = once_seen(folder / LABELS, lambda: np.load(folder / LABELS, mmap_mode="r", allow_pickle=False))
         self._first_rows = np.concatenate([[0], np.cumsum(index.block_rows)])
         self._first_blocks = np.searchsorted(index.block_source, np.arange(len(index.source_names)))
 
@@ -162,7 +163,7 @@ def _begin(unfinished: Path) -> None:
 
 def _save(path: Path, labels: np.ndarray) -> None:
     try:
-        np.save(path, labels.astype(np.int32, copy=False), allow_pickle=False)
+        once_seen(path, lambda: np.save(path, labels.astype(np.int32, copy=False), allow_pickle=False))
     except OSError as error:
         raise _unwritable(path, error) from error
 

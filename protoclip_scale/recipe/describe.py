@@ -28,7 +28,7 @@ A recipe is one YAML file. It names data, towers, losses and schedule; it fixes 
 - Paths in a file start from that file's folder, under `--set` from the working directory; in `objectives.teacher.features`, `{root}` is `data.root`.
 - Unknown keys, wrong types, keys written twice and contradictions are refused with one line that names the key and what to do.
 - The run directory gets `recipe.yaml`: every default written out, secrets replaced by `***`.
-- On resume only `run.*`, `evaluation.*`, `data.root` (the same files elsewhere), `data.workers`, `data.retry_seconds` and `data.max_bad_fraction` may differ; `schedule.total` with `--extend`.
+- On resume only `run.*`, `evaluation.*`, `optim.microbatch`, `optim.ema`, `data.root` (the same files elsewhere), `data.workers`, `data.retry_seconds` and `data.max_bad_fraction` may differ; `schedule.total` with `--extend`.
 - `--help SECTION` prints these tables in the terminal, `--check` what a recipe amounts to.
 """
 
@@ -83,6 +83,8 @@ def _type_text(annotation: Any, constraints: list[Any]) -> str:
         return " or ".join(arguments)
     if origin is tuple:
         each = "section" if section_class(arguments[0]) else _type_text(arguments[0], [])
+        if get_origin(arguments[0]) is Literal:
+            return f"list of {each}"
         return f"list of {each}s" if Ellipsis in arguments else f"list of {len(arguments)} {each}s"
     if origin is dict:
         return "names to lists"

@@ -22,7 +22,7 @@ PATHS = ("data.root", "objectives.*.features")
 PATHS_OR_NAMES = ("model.init_from", "model.text.name")
 # What a run may change when it goes on; schedule.total only with --extend.
 # The data may lie elsewhere: its fingerprint is compared.
-MAY_CHANGE = ("run.*", "evaluation.*", "optim.microbatch", "data.root", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.prepare")
+MAY_CHANGE = ("run.*", "evaluation.*", "optim.microbatch", "optim.compile_blocks", "optim.ema", "optim.ema.*", "data.root", "data.workers", "data.retry_seconds", "data.max_bad_fraction", "data.prepare")
 
 
 class _Origin(NamedTuple):

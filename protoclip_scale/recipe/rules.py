@@ -181,6 +181,23 @@ def _weights_from_one_place(recipe: Recipe) -> Iterator[str]:
             yield f"model.{side}.pretrained true has no effect with model.init_from {model.init_from}, which brings all weights; set one of them only"
 
 
+def _frozen_parts_differ(recipe: Recipe) -> Iterator[str]:
+    """What is frozen is named once, and nothing else asks for it to train or to be frozen later."""
+    frozen, lit, decay = recipe.model.frozen, recipe.episodes.lit, recipe.optim.layer_decay
+    for part in sorted({part for part in frozen if frozen.count(part) > 1}):
+        yield f"model.frozen names {part} twice; name it once"
+    for part, whole in (("patch_embedding", "image_tower"), ("token_embedding", "text_tower")):
+        if {part, whole} <= set(frozen):
+            yield f"model.frozen: {part} has no effect beside {whole}, which freezes it too; remove it"
+    if lit and "image_tower" in frozen:
+        yield f"episodes.lit.start {lit.start} locks the image tower, which model.frozen image_tower does from the first step; remove one of them"
+    if lit and lit.variant == "paper" and "text_tower" in frozen:
+        yield f"episodes.lit.start {lit.start} locks the image side, and model.frozen text_tower leaves of the other a projection only; remove one of them"
+    for side in ("image", "text"):
+        if f"{side}_tower" in frozen and getattr(decay, side, 1) < 1:
+            yield f"optim.layer_decay.{side} {getattr(decay, side)} has no effect with model.frozen {side}_tower; remove it"
+
+
 def _rates_below_the_peak(recipe: Recipe) -> Iterator[str]:
     for key in ("warmup_lr", "final_lr"):
         value = getattr(recipe.schedule, key)
@@ -217,6 +234,12 @@ def _microbatches_exist(recipe: Recipe) -> Iterator[str]:
         yield "run.allow_batchnorm_microbatches true has no effect with optim.microbatch null: no batch is cut; remove it, or set optim.microbatch"
 
 
+def _profiled_steps_exist(recipe: Recipe) -> Iterator[str]:
+    steps, profile = total_steps(recipe), recipe.run.profile
+    if profile is not None and steps is not None and profile.steps[0] > steps:
+        yield f"run.profile.steps {list(profile.steps)} begin after the {steps} steps of schedule.total '{recipe.schedule.total}'; choose earlier ones"
+
+
 def _kept_checkpoints_exist(recipe: Recipe) -> Iterator[str]:
     run, episode = recipe.run, steps_per_episode(recipe)
     if not run.keep_every_steps:
@@ -241,9 +264,11 @@ RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _warmup_ends,
     _episodes_in_order,
     _weights_from_one_place,
+    _frozen_parts_differ,
     _rates_below_the_peak,
     _evaluation_sets_exist,
     _folders_use_known_names,
     _microbatches_exist,
+    _profiled_steps_exist,
     _kept_checkpoints_exist,
 )

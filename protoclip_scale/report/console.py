@@ -49,7 +49,7 @@ class Console:
 
     def step(self, figures: Mapping[str, Any]) -> None:
         """One line of figures, all optional: step, total_steps, loss, loss/NAME, scale/NAME, lr, gradient_norm,
-        samples_per_second, data_wait_share, memory_gb, eta_seconds; other numbers follow under their own name."""
+        samples_per_second, samples_per_second_per_rank, mfu, data_wait_share, memory_gb, eta_seconds; other numbers follow under their own name."""
 
     def event(self, text: str) -> None:
         """A line for what happens once: a checkpoint written, a quarantine, a resumption."""

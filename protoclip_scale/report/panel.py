@@ -93,7 +93,8 @@ class LivePanel:
         shown = {
             "lr": ("learning rate", plain.learning_rate),
             "gradient_norm": ("gradient norm", plain.number),
-            "samples_per_second": ("samples/s", lambda value: plain.number(value, 3)),
+            "samples_per_second": ("samples/s", lambda value: plain.number(value, 3) + plain.per_rank(figures)),
+            "mfu": ("MFU", plain.percent),
             "data_wait_share": ("waiting for data", plain.percent),
             "memory_gb": ("memory", lambda value: f"{plain.number(value, 3)} GB"),
         }

@@ -15,7 +15,7 @@ from protoclip_scale.redact import redact_text
 DASH = "-"
 LOSS = "loss/"
 SCALE = "scale/"
-KNOWN_STEP_FIGURES = ("step", "total_steps", "loss", "lr", "gradient_norm", "samples_per_second", "data_wait_share", "memory_gb", "eta_seconds")
+KNOWN_STEP_FIGURES = ("step", "total_steps", "loss", "lr", "gradient_norm", "samples_per_second", "samples_per_second_per_rank", "mfu", "data_wait_share", "memory_gb", "eta_seconds")
 
 
 def as_number(value: Any) -> float | None:
@@ -99,6 +99,12 @@ def step_place(figures: Mapping[str, Any]) -> str:
     return f"step {count(step)}" + (f"/{count(total)} ({percent((step or 0) / total)})" if total else "")
 
 
+def per_rank(figures: Mapping[str, Any]) -> str:
+    """' (64 each)', where there are several ranks."""
+    each = figures.get("samples_per_second_per_rank")
+    return "" if each is None or each == figures["samples_per_second"] else f" ({number(each, 3)} each)"
+
+
 def step_line(figures: Mapping[str, Any], episode: str = "") -> str:
     """One compact line per logged step; figures that are not there leave no gap."""
     parts = [" ".join(part for part in (episode, step_place(figures)) if part)]
@@ -110,7 +116,8 @@ def step_line(figures: Mapping[str, Any], episode: str = "") -> str:
     shown = {
         "lr": ("lr {}", learning_rate),
         "gradient_norm": ("grad {}", number),
-        "samples_per_second": ("{} samples/s", lambda value: number(value, 3)),
+        "samples_per_second": ("{} samples/s" + per_rank(figures), lambda value: number(value, 3)),
+        "mfu": ("MFU {}", percent),
         "data_wait_share": ("wait {}", lambda value: percent(value, 0)),
         "memory_gb": ("mem {} GB", lambda value: number(value, 3)),
     }

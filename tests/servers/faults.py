@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import re
 import sys
 import threading
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from tests.servers import CONTROL
 
 @dataclass(frozen=True)
 class Faults:
-    """Which requests go wrong, counted from 1; 0 is never. The first fault that fits a request is the one it meets."""
+    """Which requests go wrong, counted from 1 among those that ``counted`` finds in "METHOD path"; 0 is never. A request meets the first fault that fits it."""
 
     down_from: int = 0  # this one and all later ones are answered 503
     unavailable_every: int = 0  # 503, every second one of them with Retry-After
@@ -23,6 +24,7 @@ class Faults:
     hang_every: int = 0  # an answer after hang_seconds
     hang_seconds: float = 0.0
     status: int = 503  # of the first two
+    counted: str = ""  # a regular expression; the requests that it does not find go well
 
     def of(self, number: int) -> str | None:
         """Name of the fault that a request meets."""
@@ -38,6 +40,7 @@ class FaultLayer:
     def __init__(self):
         self.faults = Faults()
         self.log: list[dict] = []
+        self.num_counted = 0
 
     @web.middleware
     async def middleware(self, request: web.Request, handler) -> web.StreamResponse:
@@ -45,8 +48,10 @@ class FaultLayer:
             return await self._control(request)
         entry = {"method": request.method, "path": request.path_qs, "range": request.headers.get("Range"), "answer": None}
         self.log.append(entry)
-        number, faults = len(self.log), self.faults
-        fault = faults.of(number)
+        faults, is_counted = self.faults, re.search(self.faults.counted, f"{request.method} {request.path}") is not None
+        self.num_counted += is_counted
+        number = self.num_counted
+        fault = faults.of(number) if is_counted else None
         if fault in ("down", "unavailable"):
             entry["answer"] = faults.status
             wait = {"Retry-After": "1"} if fault == "unavailable" and number // faults.unavailable_every % 2 == 0 else {}
@@ -67,7 +72,7 @@ class FaultLayer:
 
     async def _control(self, request: web.Request) -> web.Response:
         if request.method == "POST":
-            self.faults, self.log = Faults(**await request.json()), []
+            self.faults, self.log, self.num_counted = Faults(**await request.json()), [], 0
             return web.json_response(asdict(self.faults))
         return web.json_response(self.log)
 

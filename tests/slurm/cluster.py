@@ -13,7 +13,8 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
 DAEMONS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 GPUS, CPUS, MEMORY_MB = 8, 16, 64_000  # of each node, on paper
 
-# What differs from Slurm's defaults makes it quick, quiet or patient with a busy machine: a requeued job is held for cred_expire, KillWait is what a job has to end.
+# What differs from Slurm's defaults makes it quick, quiet or patient with a busy machine: a requeued job is held for cred_expire, KillWait is what a job has to end,
+# and so is OverTimeLimit (minutes).
 # The second partition takes nodes from the first.
 CONFIGURATION = """
 ClusterName=test
@@ -47,6 +48,7 @@ SlurmdTimeout=300
 SlurmctldTimeout=300
 BatchStartTimeout=100
 KillWait=120
+OverTimeLimit=60
 MinJobAge=3600
 GresTypes=gpu
 NodeName={nodes} CPUs={cpus} SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
@@ -116,7 +118,6 @@ class Cluster:
         self._until((folder / "socket").exists, 20, "munged does not start")
 
     def start_slurmd(self, node) -> None:
-        self.login.run("true")
         node.start("slurmd", "-D", "-N", node.name, "-f", self.folder / "slurm.conf", log=self.folder / f"logs/slurmd.{node.name}.out")
 
     def idle_nodes(self) -> int:

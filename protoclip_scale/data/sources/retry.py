@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from protoclip_scale.errors import UserError
+from protoclip_scale.errors import Outage, UserError
 
 Result = TypeVar("Result")
 
@@ -85,7 +85,7 @@ def retry(
 ) -> Result:
     """``action()``, tried again with jittered, doubling delays while its errors may pass and ``seconds`` are not over; the last attempt starts at most then.
 
-    Raises UserError that names the place, what was done, for how long, and the last error. UserErrors and AssertionErrors of the action pass unchanged.
+    Raises UserError (Outage, if it may pass) that names the place, what was done, for how long, and the last error. UserErrors and AssertionErrors of the action pass unchanged.
     Raises Cancelled as soon as ``cancelled`` is set, also in the middle of a wait; an attempt under way is not interrupted.
     """
     started, delay, silent = time.monotonic(), FIRST_DELAY, True
@@ -102,7 +102,7 @@ def retry(
                 what = "the server refuses, or the file is missing" if remote else "the file is missing, unreadable or corrupt"
                 raise UserError(f"{place}: {doing} failed; {what}: {text_of(error)}") from error
             if waited >= seconds:
-                raise UserError(
+                raise Outage(
                     f"{place}: {doing} failed for {waited:.0f} s (data.retry_seconds {seconds:g}); the last error was {text_of(error)}"
                 ) from error
             if silent and waited > SAY_SO_AFTER:

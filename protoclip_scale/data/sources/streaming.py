@@ -5,6 +5,7 @@ fails ends the run. Each block is a one-shard dataset that is read once, so no s
 """
 
 import atexit
+import os
 import time
 from typing import Any
 
@@ -19,6 +20,9 @@ REQUEST_DELAY = 0.3  # seconds after each attempt
 SETTLE_SECONDS = 0.3
 _storage_options: dict[str, dict[str, Any]] = {}  # by protocol: `datasets` keeps one for all files of a builder, that of the file opened last
 _last_read = 0.0  # time.monotonic() of it
+# `datasets` imports SciPy with the first block, and that sets this variable. The block may be read in a thread while the main thread is inside torch: where C
+# code looks the environment up as it changes, the process is gone.
+os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "True")
 
 
 def library():

@@ -12,7 +12,7 @@ from protoclip_scale.engine.checkpoint.finding import (
     set_aside,
 )
 from protoclip_scale.engine.checkpoint.manifest import Cursor, cursor_of, describe, facts, read_manifest
-from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces
+from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
 from protoclip_scale.engine.checkpoint.reading import Reader, read_tensors, read_weights
 from protoclip_scale.engine.checkpoint.retention import prune
 from protoclip_scale.engine.checkpoint.writing import save
@@ -34,6 +34,7 @@ __all__ = [
     "read_tensors",
     "read_weights",
     "replicated_pieces",
+    "replicated_views",
     "save",
     "set_aside",
 ]

@@ -64,7 +64,6 @@ class Copies:
             self._filesystem.makedirs(self._path("checkpoints", folder.name), exist_ok=True)
         for name in _files(facts):
             self._filesystem.put_file(str(folder / name), self._path("checkpoints", folder.name, name))
-            standing.got_on()
 
     def complete(self, folder: Path) -> None:
         """Make a copy count, once all its files are there."""
@@ -146,4 +145,4 @@ class Copies:
 
 def _files(facts: dict[str, Any]) -> list[str]:
     """All files that a manifest names; none for an empty one."""
-    return [*facts.get("files", ()), *([facts["weights"]["name"]] if facts.get("weights") else [])]
+    return [*facts.get("files", ()), *(facts[key]["name"] for key in manifests.WHOLE if facts.get(key))]

@@ -90,6 +90,7 @@ class Copier:
             return
         if self.copies.holds(folder):
             return
+        self._check_owner()
         self.copies.put(folder)
         for name in RUN_FILES:
             if (self.run_dir / name).is_file():

@@ -16,6 +16,7 @@ from protoclip_scale.files import publish_text
 SCHEMA = 2
 READABLE = (1, 2)
 NAME = "manifest.json"
+WHOLE = {"weights": "live", "weights_ema": "ema"}  # the manifest's keys of whole weights, each of a file KEY.safetensors, and whose they are
 _ELSE = "resume from another checkpoint with --resume"
 
 

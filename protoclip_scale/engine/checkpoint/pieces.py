@@ -7,6 +7,7 @@ import torch
 
 from protoclip_scale import collectives
 
+WEIGHTS = {"live": "model/", "ema": "ema/"}  # the weights that train and their averages: what stands before a weight's name in a checkpoint
 _SMALL = 65_536  # values; what is cut smaller costs more in reading than its balance is worth
 
 
@@ -30,6 +31,13 @@ def ranges(index: int, numel: int, world: int) -> list[tuple[int, int]]:
     for part in range(parts):
         given[(index + part) % world] = (numel * part // parts, numel * (part + 1) // parts)
     return given
+
+
+def replicated_views(tensors: dict[str, torch.Tensor]) -> Iterator[Piece]:
+    """``replicated_pieces`` whose values are the tensors' own memory."""
+    strided = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
+    assert not strided, f"{strided[0]} is not contiguous, so a piece of it would be a copy"
+    return replicated_pieces(tensors)
 
 
 def replicated_pieces(tensors: dict[str, torch.Tensor]) -> Iterator[Piece]:

@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
+from protoclip_scale import collectives
 from protoclip_scale.engine.checkpoint.finding import find
+from protoclip_scale.engine.checkpoint.pieces import WEIGHTS
 from protoclip_scale.engine.checkpoint.shards import Shard
 from protoclip_scale.errors import UserError
+from protoclip_scale.shared_files import once_seen
 
 _OPEN_FILES = 128
 
@@ -67,7 +70,7 @@ class Reader:
         if file not in self._shards:
             if len(self._shards) == _OPEN_FILES:
                 self._shards.pop(next(iter(self._shards)))
-            self._shards[file] = Shard(self.folder / file)
+            self._shards[file] = once_seen(self.folder / file, lambda: Shard(self.folder / file))
         return self._shards[file]
 
     def _unreadable(self, file: str, why: object) -> UserError:
@@ -92,7 +95,17 @@ def read_tensors(folder: Path, manifest: dict[str, Any], prefix: str = "") -> di
     return {name: reader.tensor(name) for name in reader.names(prefix)}
 
 
-def read_weights(run_dir: Path | str, chosen: str = "latest") -> dict[str, torch.Tensor]:
-    """The state dict of a run's model, without the optimiser's half."""
-    folder, manifest, _ = find(Path(run_dir), chosen)
-    return {name.removeprefix("model/"): tensor for name, tensor in read_tensors(folder, manifest, "model/").items()}
+def read_weights(run_dir: Path | str, chosen: str = "latest", kind: str | None = None) -> tuple[str, dict[str, torch.Tensor]]:
+    """Whose weights were read, ``live`` or ``ema``, and the state dict of a run's model. ``kind``: which to read; None takes the averaged ones if there are any.
+
+    A collective: rank 0 chooses the checkpoint and compares all its digests, for all ranks.
+
+    Raises UserError if there is no checkpoint, or none with averages where they are asked for.
+    """
+    folder, manifest, _ = collectives.from_rank_zero(lambda: find(Path(run_dir), chosen))
+    reader = Reader(folder, manifest)
+    kind = kind or ("ema" if reader.names(WEIGHTS["ema"]) else "live")
+    names = reader.names(WEIGHTS[kind])
+    if not names:
+        raise UserError(f"--weights {kind}: {folder} holds no averaged weights, its run had no optim.ema; leave --weights away")
+    return kind, {name.removeprefix(WEIGHTS[kind]): reader.tensor(name) for name in names}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from protoclip_scale import collectives, standing
-from protoclip_scale.engine.checkpoint.manifest import SCHEMA, write_manifest
-from protoclip_scale.engine.checkpoint.pieces import Piece
+from protoclip_scale.engine.checkpoint.manifest import SCHEMA, WHOLE, write_manifest
+from protoclip_scale.engine.checkpoint.pieces import WEIGHTS, Piece
 from protoclip_scale.engine.checkpoint.reading import Reader
 from protoclip_scale.engine.checkpoint.retention import remove
 from protoclip_scale.engine.checkpoint.shards import Entry, Shard, write_shard
@@ -25,10 +25,10 @@ from protoclip_scale.engine.disk import disk_problem
 from protoclip_scale.engine.faults import event
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import sync
+from protoclip_scale.shared_files import wait_for
 
 FILE_BYTES = 512 * 2**20  # a rank's memory while it saves, where its tensors are on a GPU
 SEEN_SECONDS = 120.0  # how long rank 0 looks for the files of the others: shared file systems lag
-WEIGHTS = "weights.safetensors"
 _WRITING = ".writing-"
 
 
@@ -45,7 +45,8 @@ def save(
 
     ``pieces``: this rank's; those of all ranks together hold every value of every tensor once. ``about`` (JSON, with the ``attempt``) goes into the
     manifest. ``may_publish`` is called on rank 0 (before the first file, after the last, and before the rename) and raises if a newer attempt owns the run. ``weights``
-    also writes the model's whole weights under their plain names, which any safetensors reader loads; rank 0 does that alone, parameter by parameter.
+    also writes the model's whole weights, and the averaged ones where there are any, under their plain names, which any safetensors reader loads; rank 0 does
+    that alone, parameter by parameter.
 
     Raises:
         UserError: a file cannot be written, or one of another rank is not seen, naming both. What was published before stays.
@@ -54,15 +55,18 @@ def save(
     # Of this attempt alone: an older one that wakes up writes into its own.
     writing = final.with_name(f"{_WRITING}{about.get('attempt', 0):04d}-{final.name}")
 
-    def begin() -> None:
+    def begin() -> bool:
         may_publish()
         with _told(final, writing):
             _clear(final.parent, about.get("attempt", 0))
             writing.mkdir(parents=True)
 
-    collectives.from_rank_zero(begin)
+        return final.is_dir()
+
+    saved_before = collectives.from_rank_zero(begin)
     files, problem = [], None
     try:
+        wait_for(writing)
         for entry in _write_files(writing, pieces, f"shard-{rank + 1:05d}-of-{world:05d}", file_bytes):
             files.append(entry)
             standing.got_on()
@@ -82,26 +86,29 @@ def save(
             with _told(final, writing):
                 _wait_until_seen(final, writing, written, seen_seconds)
                 manifest = {**about, "files": {name: facts for name, (_, facts) in written.items()}, "tensors": _covered(writing, list(written))}
-                if weights:
-                    manifest["weights"] = write_weights(Reader(writing, {"schema": SCHEMA, **manifest}), writing / WEIGHTS)
+                reader = Reader(writing, {"schema": SCHEMA, **manifest})
+                for key, kind in WHOLE.items() if weights else ():
+                    if reader.names(WEIGHTS[kind]):
+                        manifest[key] = write_weights(reader, writing / f"{key}.safetensors", WEIGHTS[kind])
                 write_manifest(writing, manifest)
                 sync(writing)
                 may_publish()
-                remove(final)
+                if saved_before:  # else an attempt that was frozen here would remove what its successor has published
+                    remove(final)
                 os.rename(writing, final)
                 sync(final.parent)
         except UserError:
             shutil.rmtree(writing, ignore_errors=True)  # a full disk has room again
             raise
 
-    collectives.from_rank_zero(publish)
+    collectives.from_rank_zero_patiently(publish, meanwhile=lambda: None)  # whole weights, and files that are late, take longer than a collective may
     event("checkpoint.published")
 
 
-def write_weights(reader: Reader, path: Path) -> dict[str, Any]:
+def write_weights(reader: Reader, path: Path, prefix: str) -> dict[str, Any]:
     """The whole weights and buffers of a model under their plain names, one after the other; {name, bytes, sha256}."""
-    names = sorted(reader.names("model/"), key=lambda name: (-reader.dtype(name).itemsize, name))
-    entries = [Entry(name.removeprefix("model/"), reader.dtype(name), reader.shape(name)) for name in names]
+    names = sorted(reader.names(prefix), key=lambda name: (-reader.dtype(name).itemsize, name))
+    entries = [Entry(name.removeprefix(prefix), reader.dtype(name), reader.shape(name)) for name in names]
 
     def values() -> Iterator[torch.Tensor]:
         for name in names:

@@ -12,14 +12,15 @@ Every rank makes the same calls in the same order. There is one backward pass pe
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from protoclip_scale.engine.checkpoint.pieces import Piece
+from protoclip_scale import collectives
+from protoclip_scale.engine.checkpoint.pieces import WEIGHTS, Piece
 from protoclip_scale.engine.optimizer import Groups
 from protoclip_scale.engine.strategy.precision import Precision
 from protoclip_scale.recipe.schema import Optim
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     from protoclip_scale.engine.checkpoint.reading import Reader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Held(NamedTuple):
+    """Memory of this rank that the model computes with: a whole tensor, or (``part``) what this rank's piece of one is."""
+
+    values: torch.Tensor
+    part: bool
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,12 @@ class Strategy(ABC):
     """A model and its optimiser as the ranks hold them.
 
     ``bare_model``: the model without wrappers, for its names, its mode and, inside ``evaluating``, for calls without gradient. ``whole``: every rank
-    holds every weight, so the bare model may also be copied and called by one rank alone.
+    holds every weight, so the bare model may also be copied and called by one rank alone. ``compiles``: whether blocks of the model may be compiled before ``prepare``.
     """
 
     title: str
     whole = True
+    compiles = True
 
     def __init__(self, accelerator: "Accelerator", precision: Precision):
         self.accelerator = accelerator
@@ -69,8 +78,8 @@ class Strategy(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, groups: Groups, settings: Optim) -> None:
-        """Take over a model on the strategy's device whose weights are final, and make AdamW for ``groups`` (see ``parameter_groups``); what does not
-        train is in no group and asks for no gradient. Called again, after ``release``, when what trains changes."""
+        """Take over a model whose weights are final, on the strategy's device, or without ``whole`` on the CPU, and make AdamW for ``groups`` (see
+        ``parameter_groups``); what does not train is in no group and asks for no gradient. Called again, after ``release``, when what trains changes."""
 
     def release(self) -> None:
         """Let go of model and optimiser, if there are any; their memory is free again."""
@@ -87,16 +96,16 @@ class Strategy(ABC):
     @abstractmethod
     def update(self, stop: bool = False) -> Update:
         """Clip to ``optim.max_norm`` and step, or skip the step on all ranks if the norm is not finite; gradients are dropped. ``stop``: this rank was
-        asked to stop. A collective: the only one of a step beside those of the gradients, and the only wait for the device."""
+        asked to stop. A collective, and a wait for the device: the only ones of a step beside those of the gradients, but for DeepSpeed's own."""
 
     def num_parameters(self) -> int:
         """Of the whole model."""
         return sum(parameter.numel() for parameter in self.bare_model.parameters())
 
     def set_learning_rates(self, learning_rates: dict[str, float]) -> None:
-        """By ``side`` of the groups."""
+        """By ``side`` of the groups, times their ``factor``."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rates[group["side"]]
+            group["lr"] = learning_rates[group["side"]] * group["factor"]
 
     @contextlib.contextmanager
     def evaluating(self, compute_dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
@@ -106,11 +115,43 @@ class Strategy(ABC):
         was = model.training, model.compute_dtype
         model.compute_dtype = compute_dtype
         model.eval()
+        # compiled blocks run as they are: other graphs for passes without gradient would take longer to compile than most evaluations do
         try:
-            yield model
+            with torch.compiler.set_stance("force_eager") if model.compiled else contextlib.nullcontext():
+                yield model
         finally:
             model.compute_dtype = was[1]
             model.train(was[0])
+
+    @contextlib.contextmanager
+    def holding(self, own: Iterable[Piece]) -> Iterator[None]:
+        """The model with other weights and buffers, to evaluate or export; ``own``: this rank's share of them, cut as ``weight_pieces`` cuts. A collective.
+
+        Afterwards it has its own ones again, bit for bit; what AdamW steps on is as it was. Costs a copy of what this rank holds of the model (a whole one, where ranks
+        do): less than gradients and activations, of which there are none meanwhile.
+        """
+        held = self._held()
+        before = {name: each.values.clone() for name, each in held.items()}
+        shares: dict[str, list[Piece]] = {}
+        for piece in own:
+            shares.setdefault(piece.name.removeprefix(WEIGHTS["live"]), []).append(piece)
+        try:
+            with self._writing():
+                for name, each in held.items():
+                    _fill(each, shares.get(name, []))
+            yield
+        finally:
+            with self._writing():
+                for name, each in held.items():
+                    each.values.copy_(before[name])
+
+    def _held(self) -> dict[str, Held]:
+        """By name in the state dict."""
+        return {name: Held(tensor, part=False) for name, tensor in self.bare_model.state_dict().items()}
+
+    def _writing(self) -> contextlib.AbstractContextManager:
+        """Around changes of what ``_held`` gives."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -121,11 +162,26 @@ class Strategy(ABC):
         """The model's state dict, one whole tensor after the other; a collective. No more than one is gathered at a time."""
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """This rank's share of ``model/NAME`` (weights in fp32, buffers), ``optimizer/NAME/exp_avg``, ``.../exp_avg_sq`` and ``.../step``. Nothing is gathered;
-        a parameter that has taken no step has no moments."""
+    def weight_pieces(self) -> Iterator[Piece]:
+        """This rank's share of ``model/NAME``, weights in fp32 and buffers: the very memory that steps change, until ``release``. Nothing is gathered."""
+
+    @abstractmethod
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        """This rank's share of ``optimizer/NAME/exp_avg``, ``.../exp_avg_sq`` and ``.../step``; a parameter that has taken no step has none. Nothing is gathered."""
 
     @abstractmethod
     def load(self, reader: "Reader") -> None:
         """Put AdamW's moments back after ``prepare``, whatever world size and strategy they come from; parameters without any start fresh. Weights are
         loaded into the model before ``prepare``."""
+
+
+def _fill(held: Held, own: list[Piece]) -> None:
+    """Write what the ranks' pieces of a tensor hold together; a collective where each rank holds the whole."""
+    if held.part:
+        for piece in own:
+            held.values.copy_(piece.values)
+        return
+    whole = torch.zeros(held.values.numel(), dtype=held.values.dtype, device=held.values.device)
+    for piece in own:
+        whole[piece.start : piece.start + piece.values.numel()] = piece.values
+    held.values.copy_(collectives.all_reduce(whole).view_as(held.values))

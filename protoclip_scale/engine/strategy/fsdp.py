@@ -12,23 +12,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from protoclip_scale import collectives
-from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces
+from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
 from protoclip_scale.engine.optimizer import Groups, adamw_settings
-from protoclip_scale.engine.strategy.base import MOMENTS, Strategy, Update, spoilt_if_not_finite
+from protoclip_scale.engine.strategy.base import MOMENTS, Held, Strategy, Update, spoilt_if_not_finite
+from protoclip_scale.errors import UserError
+from protoclip_scale.models.blocks import blocks
 from protoclip_scale.recipe.schema import Optim
 
 if TYPE_CHECKING:
     from protoclip_scale.engine.checkpoint.reading import Reader
 
-
-def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a model: the composite children of its outermost lists and sequences."""
-    for child in module.children():
-        composite = [each for each in child.children() if any(True for _ in each.children()) and any(True for _ in each.parameters())]
-        if isinstance(child, nn.ModuleList | nn.Sequential) and composite:
-            yield from composite
-        else:
-            yield from blocks(child)
+RECOMPUTES_SINCE = (2, 15)  # of torch: what runs again in a backward pass there finds its weights whole (law 2 is tested with this one)
 
 
 class FullySharded(Strategy):
@@ -38,6 +32,8 @@ class FullySharded(Strategy):
     whole = False
 
     def prepare(self, model: nn.Module, groups: Groups, settings: Optim) -> None:
+        if settings.microbatch and torch.__version__ < RECOMPUTES_SINCE:
+            raise UserError(f"optim.microbatch {settings.microbatch} under FSDP2 needs torch {'.'.join(map(str, RECOMPUTES_SINCE))}, this is {torch.__version__}; set it to null, or launch with launch/accelerate/zero3.yaml")
         self.max_norm = settings.max_norm
         self.bare_model = model
         model.compute_dtype = self.precision.dtype
@@ -45,7 +41,7 @@ class FullySharded(Strategy):
         again = bool(getattr(plugin, "reshard_after_forward", True))
         for block in blocks(model):
             fully_shard(block, reshard_after_forward=again)
-        fully_shard(model, reshard_after_forward=again)
+        fully_shard(model)  # what blocks leave stays until the backward pass, which needs it at once
         sharded = dict(model.named_parameters())
         for group in groups:
             group["params"] = [sharded[name] for name in group["names"]]
@@ -87,13 +83,21 @@ class FullySharded(Strategy):
         for name, tensor in self.bare_model.state_dict().items():
             yield name, _whole(tensor)
 
-    def pieces(self) -> Iterator[Piece]:
+    def weight_pieces(self) -> Iterator[Piece]:
         replicated = {}
         for name, tensor in self.bare_model.state_dict().items():
             if isinstance(tensor, DTensor):
                 yield from _piece(f"model/{name}", tensor)
             else:
                 replicated[f"model/{name}"] = tensor
+        yield from replicated_views(replicated)
+
+    def _held(self) -> dict[str, Held]:
+        tensors = self.bare_model.state_dict()
+        return {name: Held(_local(tensor).detach().view(-1) if isinstance(tensor, DTensor) else tensor, isinstance(tensor, DTensor)) for name, tensor in tensors.items()}
+
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        replicated = {}
         for name, parameter in self._named_parameters():
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, DTensor):
@@ -125,7 +129,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _piece(name: str, tensor: DTensor) -> Iterator[Piece]:
     start, numel = _range_of_rank(tensor)
     if numel:
-        yield Piece(name, start, tensor.to_local().detach().reshape(-1), tuple(tensor.shape))
+        yield Piece(name, start, tensor.to_local().detach().view(-1), tuple(tensor.shape))
 
 
 def _range_of_rank(tensor: DTensor) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sysconfig
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from protoclip_scale.errors import UserError
+from protoclip_scale.errors import NoGpus, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +74,21 @@ def refuse_foreign_settings() -> None:
         _refuse_for_deepspeed()
     if asks_for_fsdp():
         _refuse_for_fsdp()
+    if not alone():
+        _refuse_missing_gpus()
+
+
+def _refuse_missing_gpus() -> None:
+    """Several ranks are launched for GPUs unless the launch says otherwise: on processors they would train all the same, for months."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.cuda.is_available() or chosen.startswith("-1") or _says("ACCELERATE_USE_CPU"):  # -1: the gpu_ids of our files for processors
+        return
+    if torch.version.cuda or torch.version.hip:
+        given = f"CUDA_VISIBLE_DEVICES is {chosen!r}" if "CUDA_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES is not set"
+        why = f"its driver is too old for torch {torch.__version__}, the container was started without --nv, or the job was given none ({given})"
+    else:
+        why = f"torch {torch.__version__} is a build for processors alone"
+    raise NoGpus(f"{socket.gethostname()} shows no GPU to ranks that are launched for GPUs: {why}; to train on processors launch with {CONFIGS}cpu.yaml or cpu_zero*.yaml")
 
 
 def _refuse_for_deepspeed() -> None:
@@ -130,7 +146,7 @@ def _short(value: Any) -> str:
 
 def _refuse_for_fsdp() -> None:
     if not torch.cuda.is_available():
-        raise UserError(f"fsdp_config in accelerate's configuration needs GPUs, and this machine shows none; launch with {CONFIGS}cpu_zero3.yaml or cpu.yaml")
+        raise NoGpus(f"fsdp_config in accelerate's configuration needs GPUs, and this machine shows none; launch with {CONFIGS}cpu_zero3.yaml or cpu.yaml")
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_version is 1 in accelerate's configuration; set fsdp_version: 2")
     if _says("FSDP_OFFLOAD_PARAMS"):
@@ -140,11 +156,11 @@ def _refuse_for_fsdp() -> None:
 
 
 def start(timeout_minutes: float) -> "Accelerator":
-    """The process group, on GPUs if there are any, otherwise on CPUs over gloo.
+    """The process group, on GPUs, or on CPUs over gloo where the launch says so or there is one process and no GPU.
 
     Raises:
-        UserError: the launcher promised more processes than accelerate made, the configuration asks for what the recipe owns, or DeepSpeed
-            lacks what it needs.
+        UserError: the launcher promised more processes than accelerate made, the configuration asks for what the recipe owns, DeepSpeed
+            lacks what it needs, or this machine shows no GPU.
     """
     refuse_foreign_settings()
     from accelerate import Accelerator  # a second

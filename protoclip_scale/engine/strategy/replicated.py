@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from protoclip_scale import collectives
-from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces
+from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
 from protoclip_scale.engine.optimizer import Groups, adamw_settings
 from protoclip_scale.engine.strategy.base import MOMENTS, Strategy, Update, spoilt_if_not_finite
 from protoclip_scale.recipe.schema import Optim
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
-    """DDP that leaves buffers alone: ``GroupBatchNorm`` keeps its own equal on all ranks."""
+    """DDP that leaves buffers alone, since ``GroupBatchNorm`` keeps its own equal on all ranks, and inputs where they are: token lengths on the CPU, with
+    which the text tower cuts its batch without waiting for the GPU."""
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the name changed in torch 2.15
     # Convolutions in channels_last give 1 x 1 weights gradients of other strides but the same memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device], **{no_sync: False})
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
 
 
 class Replicated(Strategy):
@@ -79,8 +80,11 @@ class Replicated(Strategy):
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.bare_model.state_dict().items()
 
-    def pieces(self) -> Iterator[Piece]:
-        tensors = {f"model/{name}": tensor for name, tensor in self.bare_model.state_dict().items()}
+    def weight_pieces(self) -> Iterator[Piece]:
+        yield from replicated_views({f"model/{name}": tensor for name, tensor in self.bare_model.state_dict().items()})
+
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        tensors = {}
         for name, parameter in self._named_parameters():
             tensors |= {f"optimizer/{name}/{moment}": value for moment, value in self.optimizer.state.get(parameter, {}).items()}
         yield from replicated_pieces(tensors)

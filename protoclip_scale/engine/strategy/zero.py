@@ -4,6 +4,7 @@ DeepSpeed clips, steps and skips in one call, and the same one on all ranks: a n
 the weights that it steps on, stage 2 the gradients too, stage 3 (experimental) also the weights the towers run with, which hooks put together module by module.
 """
 
+import contextlib
 import copy
 import gc
 from collections.abc import Iterator
@@ -12,20 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.utils import groups as process_groups
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from protoclip_scale import collectives
-from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces
+from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
 from protoclip_scale.engine.optimizer import Groups, adamw_settings
-from protoclip_scale.engine.strategy.base import MOMENTS, Strategy, Update, spoilt_if_not_finite
+from protoclip_scale.engine.strategy.base import MOMENTS, Held, Strategy, Update, spoilt_if_not_finite
 from protoclip_scale.engine.strategy.launch import forget_deepspeed_in_transformers, need_build_tools, quiet_deepspeed
+from protoclip_scale.engine.strategy.memory import BUCKET_ELEMENTS
 from protoclip_scale.recipe.schema import Optim
 
 if TYPE_CHECKING:
     from protoclip_scale.engine.checkpoint.reading import Reader
-
-BUCKET_ELEMENTS = 50_000_000  # of gradients that are reduced at once: 200 MB; DeepSpeed's own 500,000,000 are more than most towers have
 
 
 class Fragment(NamedTuple):
@@ -49,7 +51,7 @@ class Zero(Strategy):
         self.config = copy.deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.zero = self.config["zero_optimization"]
         self.stage = int(self.zero["stage"])
-        self.whole = self.stage < 3
+        self.whole = self.compiles = self.stage < 3
         self.engine: deepspeed.DeepSpeedEngine | None = None
         forget_deepspeed_in_transformers()
 
@@ -64,6 +66,9 @@ class Zero(Strategy):
     def prepare(self, model: nn.Module, groups: Groups, settings: Optim) -> None:
         self.bare_model = model
         model.compute_dtype = self.precision.dtype
+        config = self._settings(settings)
+        if not self.whole:
+            _cut_up(model, config, self.device)
         if self._offloads("optimizer"):
             need_build_tools()
             inner = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **adamw_settings(settings), adamw_mode=True)
@@ -71,15 +76,21 @@ class Zero(Strategy):
             inner = torch.optim.AdamW(groups, **adamw_settings(settings), fused=True)
         self.names = [group["names"] for group in groups]
         with quiet_deepspeed():
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=inner, config=self._settings(settings))
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=inner, config=config)
+        # DeepSpeed's own group would wait as long as torch's default says
+        set_timeout = getattr(distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout)  # public since torch 2.15
+        set_timeout(self.accelerator.init_handler.timeout, process_groups._get_data_parallel_group())
         self._announce_scale()
 
     def _settings(self, settings: Optim) -> dict[str, Any]:
         """The engine's configuration: accelerate's strategy, our precision, clipping and batches."""
         own = copy.deepcopy(self.config)
         zero = own["zero_optimization"]
+        trained = sum(parameter.numel() for parameter in self.bare_model.parameters() if parameter.requires_grad)
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
-            zero.setdefault(key, BUCKET_ELEMENTS)
+            zero.setdefault(key, min(BUCKET_ELEMENTS, trained + trained % 2))  # DeepSpeed asserts that it is even
+        if self.stage == 3:
+            zero.setdefault("stage3_max_reuse_distance", BUCKET_ELEMENTS)  # DeepSpeed's would keep a model of 500,000,000 weights whole
         return own | {
             "zero_allow_untested_optimizer": True,
             "train_batch_size": collectives.world_size(),  # must be given, and decide nothing: losses are means already
@@ -153,30 +164,55 @@ class Zero(Strategy):
                     address = mapping.lp_fragment_address
                     yield Fragment(name, address.start, address.numel, flat, mapping.get_hp_fragment_address().start)
 
-    def pieces(self) -> Iterator[Piece]:
-        parameters = dict(self.bare_model.named_parameters())
-        shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
-        replicated, trained = {}, set()
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.bare_model.named_parameters()}
+
+    def weight_pieces(self) -> Iterator[Piece]:
+        replicated, trained, shapes = {}, set(), self._shapes()
         for fragment in self._fragments():
             trained.add(fragment.name)
+            if fragment.numel:
+                yield Piece(f"model/{fragment.name}", fragment.start, fragment.within(fragment.flat), shapes[fragment.name])
+        for name, held in self._held().items():
+            if name in trained:
+                continue
+            if not held.part:
+                replicated[f"model/{name}"] = held.values
+            elif held.values.numel():
+                yield Piece(f"model/{name}", _range_of_rank(self.bare_model.get_parameter(name))[0], held.values, shapes[name])
+        yield from replicated_views(replicated)
+
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        replicated, shapes = {}, self._shapes()
+        for fragment in self._fragments():
             state = self.optimizer.state.get(fragment.flat, {})
             if state:
                 replicated[f"optimizer/{fragment.name}/step"] = torch.as_tensor(float(state["step"]))
-            if fragment.numel:
-                shape = shapes[fragment.name]
-                yield Piece(f"model/{fragment.name}", fragment.start, fragment.within(fragment.flat), shape)
-                for moment in MOMENTS if state else ():
-                    yield Piece(f"optimizer/{fragment.name}/{moment}", fragment.start, fragment.within(state[moment]), shape)
-        for name, tensor in self.bare_model.state_dict().items():
-            if name in trained:
-                continue
-            if name in parameters and self.stage == 3:
-                start, numel = _range_of_rank(parameters[name])
-                if numel:
-                    yield Piece(f"model/{name}", start, parameters[name].ds_tensor.detach().narrow(0, 0, numel), shapes[name])
-            else:
-                replicated[f"model/{name}"] = tensor
+            if state and fragment.numel:
+                for moment in MOMENTS:
+                    yield Piece(f"optimizer/{fragment.name}/{moment}", fragment.start, fragment.within(state[moment]), shapes[fragment.name])
         yield from replicated_pieces(replicated)
+
+    def _held(self) -> dict[str, Held]:
+        if self.whole:
+            return super()._held()
+        parameters, held = dict(self.bare_model.named_parameters()), {}
+        for name, tensor in self.bare_model.state_dict().items():
+            if name in parameters:
+                held[name] = Held(parameters[name].ds_tensor.detach().narrow(0, 0, _range_of_rank(parameters[name])[1]), part=True)
+            else:
+                held[name] = Held(tensor, part=False)
+        return held
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Stage 3 keeps small weights together between passes: they are let go of, and put together anew."""
+        if self.whole:
+            yield
+            return
+        self.optimizer.checkpoint_event_prologue()
+        yield
+        self.optimizer.checkpoint_event_epilogue()
 
     def load(self, reader: "Reader") -> None:
         by_flat: dict[torch.Tensor, list[Fragment]] = {}
@@ -196,6 +232,14 @@ class Zero(Strategy):
             # AdamW makes no state of its own where it finds one; DeepSpeed's counts in an int
             state["step"] = int(step) if self._offloads("optimizer") else torch.tensor(step, dtype=torch.float32, device=flat.device)
             self.optimizer.state[flat] = state
+
+
+def _cut_up(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Take a model from the CPU to the device one weight after the other, of each of which a rank keeps its part; DeepSpeed's engine would take all of it there first."""
+    with quiet_deepspeed():
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _range_of_rank(parameter: torch.Tensor) -> tuple[int, int]:

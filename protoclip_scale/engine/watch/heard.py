@@ -22,10 +22,18 @@ class Member:
 
     def has_ended(self, asking: "Member") -> bool:
         """Whether the process is known to be gone; False for one on a machine that ``asking`` does not see."""
+        return self._state(asking) in ("Z", "X")
+
+    def is_halted(self, asking: "Member") -> bool:
+        """Whether the process is known to be gone, or stopped by a signal; False as above."""
+        return self._state(asking) in ("Z", "X", "T", "t")
+
+    def _state(self, asking: "Member") -> str:
+        """The letter that the system has for it; '' for a process that ``asking`` does not see."""
         if not self.machine or self.machine != asking.machine:
-            return False
+            return ""
         state, began = _process(self.pid)
-        return began != self.began or state in "ZX"
+        return state if began == self.began else "X"
 
 
 def _process(pid: int) -> tuple[str, int]:

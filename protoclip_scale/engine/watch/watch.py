@@ -3,6 +3,7 @@
 Two threads beside the one that trains: the exchange, which hangs when the network does, and the judge, which waits for nobody.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -26,6 +27,18 @@ GONE_SECONDS = 0.2  # between seeing that a process is gone and hearing that it 
 Tell = Callable[[str], None]
 
 
+def aside(work: Callable[[], object]) -> threading.Thread:
+    """``work()`` in a thread that nobody need wait for: the file system or the terminal that it writes to may hang, and what it raises of them is lost."""
+
+    def attempt() -> None:
+        with contextlib.suppress(OSError):
+            work()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    return thread
+
+
 class NoWatch:
     """Of a single process, which nobody waits for."""
 
@@ -35,6 +48,10 @@ class NoWatch:
     def cause(self, error: BaseException) -> str | None:
         """One line on what happened to another rank, if that is why this one fails with ``error``; None if the error is this rank's own."""
         return None
+
+    def speaks(self) -> bool:
+        """Whether it is this rank that prints what all those on its machine know of a lost one: the first of them that is left."""
+        return True
 
     def failed(self, line: str, own: bool) -> None:
         """Tell the others why this rank fails, and wait until they have heard it, some seconds at most. ``own``: False for what ``cause`` said."""
@@ -49,11 +66,12 @@ def begin(settings: Run) -> NoWatch:
 
 
 class Watch(NoWatch):
-    """Ends this process if its main thread still waits some seconds after another rank is known to have failed or to be gone, or after ranks or the store
-    have not answered for longer than a collective may wait (``timeout_minutes``)."""
+    """Ends this process if its main thread still waits some seconds after another rank is known to have failed or to be gone, or after ranks have not answered
+    for ``lost_seconds``, or the store for longer than a collective may wait (``timeout_minutes``)."""
 
     def __init__(self, settings: Run):
         self._longest = 60 * settings.timeout_minutes + GRACE_SECONDS
+        self._lost_after = min(settings.lost_seconds, self._longest)
         self._hang_seconds, self._patience = settings.hang_seconds, 0.0
         self._me = collectives.rank()
         standing.got_on()  # what was before is nobody's business here
@@ -84,13 +102,24 @@ class Watch(NoWatch):
         now = time.monotonic()
         return self._lost(now) or f"other ranks were waited for in vain: {self._view.late(now)[0]} ({' '.join(str(error).split())[:200]})"
 
+    def speaks(self) -> bool:
+        view, own = self._view, self._view.members[self._me]
+        missing = {*view.silent(SILENT_SECONDS), *(rank for rank in view.others() if view.members[rank].is_halted(own))}
+        if view.failure is not None:  # the rank that told it shows its own failure in its own way, and another's like any rank
+            (missing.add if view.failure.own else missing.discard)(view.failure.rank)
+        return all(member.rank in missing for member in view.members[: self._me] if (member.machine or member.host) == (own.machine or own.host))
+
     def failed(self, line: str, own: bool) -> None:
         self._leaving_since = self._leaving_since or time.monotonic()
         self._exchange.tell(Failure(self._me, line, own))
         view = self._view
         unreachable = {*view.silent(SILENT_SECONDS), *view.ended()}
+
+        def is_known() -> bool:
+            return view.is_store_gone or (view.failure is not None and all(view.heard[rank].beat.knows for rank in {*view.others()} - unreachable))
+
         if time.monotonic() - view.answered < SILENT_SECONDS:
-            self._exchange.wait_until(lambda: view.is_store_gone or all(view.heard[rank].beat.knows for rank in {*view.others()} - unreachable), FAREWELL_SECONDS)
+            self._exchange.wait_until(is_known, FAREWELL_SECONDS)
 
     def close(self) -> None:
         if not self._left:
@@ -134,12 +163,19 @@ class Watch(NoWatch):
                 if now - self._leaving_since > LEAVING_SECONDS:
                     os._exit(1)
             elif line := self._doom(now):
-                threading.Timer(LAST_WORDS_SECONDS, os._exit, (1,)).start()  # the disk or the terminal may hang, too
-                self._end(line)
-                os._exit(1)
+                self._give_up(line)
             else:
                 self._look_for_hang(now)
             time.sleep(JUDGE_SECONDS)
+
+    def _give_up(self, line: str) -> None:
+        """End this process, and tell the others why: those on other machines, whose main threads hang like this one's, have perhaps only heard silence."""
+        threading.Timer(LAST_WORDS_SECONDS, os._exit, (1,)).start()  # the disk or the terminal may hang, too
+        last_words = aside(lambda: self._end(line))
+        self.failed(line, own=False)
+        self.close()
+        last_words.join()
+        os._exit(1)
 
     def _doom(self, now: float) -> str | None:
         """Why the main thread will not get on any more."""
@@ -147,11 +183,11 @@ class Watch(NoWatch):
         self._doomed_since = (self._doomed_since or now) if line else None
         if line and now - self._doomed_since > GRACE_SECONDS:
             return line
-        if now - standing.HERE.since > self._longest:
-            if silent := self._view.silent(self._longest):
-                return self._view.lost(silent, now)
-            if now - self._view.answered > self._longest:
-                return self._view.lost_store(store_address(), now)
+        waited = now - standing.HERE.since
+        if waited > self._lost_after and (silent := self._view.silent(self._lost_after)):
+            return self._view.lost(silent, now)
+        if waited > self._longest and now - self._view.answered > self._longest:
+            return self._view.lost_store(store_address(), now)
         return None
 
     def _look_for_hang(self, now: float) -> None:
@@ -169,7 +205,11 @@ class Watch(NoWatch):
             text, late = view.late(now)
             line = f"no progress for {seconds:.0f} s: {text}"
             told_by = min({*view.others(), self._me} - {*view.silent(SILENT_SECONDS)})
-        if self._me in late and self._folder.is_dir():  # it may be another one here
-            stacks.dump(self._folder / "hangs" / f"rank-{self._me:05d}.txt", line)
+        if self._me in late:
+            aside(lambda: self._dump(line))
         if self._me == told_by:
-            self._tell(line)
+            aside(lambda: self._tell(line))
+
+    def _dump(self, line: str) -> None:
+        if self._folder.is_dir():  # it may be another one here
+            stacks.dump(self._folder / "hangs" / f"rank-{self._me:05d}.txt", line)

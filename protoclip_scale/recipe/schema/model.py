@@ -70,4 +70,5 @@ class Model(Section):
     prototype_heads: PrototypeHeads = Field(PrototypeHeads(), description="Heads used by the objectives prototype and teacher.")
     logit_scale: LogitScale = Field(LogitScale(), description="Start and bounds of both temperatures.")
     norm_groups: Positive = Field(1, description="Batch-norm statistics are taken over this many equal groups of lanes; 1 is the whole global batch.")
-    init_from: str | None = Field(None, description="Start from the weights of a run directory, an export, an open_clip tag (open_clip:NAME/TAG) or a transformers CLIP; the optimiser starts fresh.")
+    frozen: tuple[Literal["patch_embedding", "image_tower", "text_tower", "token_embedding"], ...] = Field((), description="Parts that keep the weights they start with. image_tower, text_tower: whole towers, batch norm's statistics too; their projections train. patch_embedding: the first convolution of a vision transformer. token_embedding: the text tower's table of tokens.")
+    init_from: str | None = Field(None, description="Start from the weights of a run directory (the averaged ones, if it has any), an export, an open_clip tag (open_clip:NAME/TAG) or a transformers CLIP; the optimiser starts fresh.")

@@ -67,6 +67,26 @@ class Prototypes(Section):
         return self
 
 
+class Ema(Section):
+    """An exponential moving average of the weights, batch norm's running statistics included."""
+
+    decay: float = Field(0.9998, gt=0, lt=1, description="Share of the average that a step leaves; the new weights are the rest.")
+    warmup: bool = Field(True, description="After t steps at most (1 + t) / (10 + t) is left, so that the first weights are soon forgotten.")
+
+
+class LayerDecay(Section):
+    """Learning rates that fall from the top of a tower to its stem: projections and heads have the group's own, every layer below one this factor of the layer above it."""
+
+    image: float = Field(1.0, gt=0, le=1, description="Factor from layer to layer of the image tower; layers are timm's own.")
+    text: float = Field(1.0, gt=0, le=1, description="Factor from layer to layer of the text tower.")
+
+    @model_validator(mode="after")
+    def _decays(self):
+        if self.image == self.text == 1:
+            raise ValueError("optim.layer_decay has no effect: image and text are 1; set one of them below 1, or optim.layer_decay to null")
+        return self
+
+
 class Optim(Section):
     """AdamW, precision and clipping."""
 
@@ -77,6 +97,9 @@ class Optim(Section):
     max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
     microbatch: Positive | None = Field(None, description="Rows per rank that the towers take at once; the step is that of the whole batch all the same, at the cost of one more forward pass of the towers. null takes all local rows.")
+    layer_decay: LayerDecay | None = Field(None, description="Layer-wise decay of the learning rate; null gives all layers the same.")
+    ema: Ema | None = Field(None, description="Keep averaged weights, each rank its share; evaluations and exports are of them. null keeps none. May change on resume.")
+    compile_blocks: bool = Field(False, description="Compile the towers' repeated blocks with torch.compile, each where it stands; those with batch norm stay as they are. Not under ZeRO-3. May change on resume.")
     nonfinite_skips: int = Field(10, ge=0, description="Steps in a row that may be skipped for a non-finite loss before the run stops.")
 
     @field_validator("betas")
