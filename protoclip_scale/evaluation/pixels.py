@@ -17,14 +17,14 @@ class PixelStore:
     """uint8 images of held-out sets, [3, size, size] each: decoded once where they fit, otherwise each time they are asked for.
 
     A set is kept if all its images and those of the sets kept before fit into ``budget_bytes``, in each process; of a kept set a process
-    holds only the batches that it was asked for.
+    holds only the rows that it was asked for.
     """
 
     def __init__(self, size: int, limits: Limits, budget_bytes: int = BUDGET_BYTES):
         self.size = size
         self.limits = limits
         self.bytes_left = budget_bytes
-        self._kept: dict[HeldOutRows, dict[range, tuple[torch.Tensor, torch.Tensor]] | None] = {}
+        self._kept: dict[HeldOutRows, dict[int, torch.Tensor | None] | None] = {}
 
     def pixels_of(self, rows: HeldOutRows) -> Callable[[range], tuple[torch.Tensor, torch.Tensor]]:
         """A function from a range of a set's rows to ``(pixels uint8 [b, 3, size, size], decodable bool [b])``; undecodable ones are black."""
@@ -37,19 +37,21 @@ class PixelStore:
 
         def pixels(places: range) -> tuple[torch.Tensor, torch.Tensor]:
             if kept is None:
-                return self._decode(rows.image_bytes(places))
-            if places not in kept:
-                kept[places] = self._decode(rows.image_bytes(places))
-            return kept[places]
+                return self._batch(self._decode(rows.image_bytes(places)))
+            missing = [place for place in places if place not in kept]
+            kept.update(zip(missing, self._decode(rows.image_bytes(missing)), strict=True))
+            return self._batch([kept[place] for place in places])
 
         return pixels
 
-    def _decode(self, encoded: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
-        with ThreadPoolExecutor(NUM_DECODING_THREADS) as pool:
-            images = list(pool.map(self._decode_one, encoded))
+    def _batch(self, images: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
         decodable = torch.tensor([image is not None for image in images])
         black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         return torch.stack([black if image is None else image for image in images]), decodable
+
+    def _decode(self, encoded: list[bytes]) -> list[torch.Tensor | None]:
+        with ThreadPoolExecutor(NUM_DECODING_THREADS) as pool:
+            return list(pool.map(self._decode_one, encoded))
 
     def _decode_one(self, encoded: bytes) -> torch.Tensor | None:
         try:

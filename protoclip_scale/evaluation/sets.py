@@ -1,6 +1,7 @@
 """Held-out sets: which rows count, their captions and class names; image bytes are read block by block when needed."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,9 +30,9 @@ class HeldOutRows:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def image_bytes(self, rows: range) -> list[bytes]:
-        """The encoded images of these rows, in their order; None stands as b"". Reads each block that they touch once."""
-        places = self.places[rows.start : rows.stop]
+    def image_bytes(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded images of rows in ascending order; None stands as b"". Reads each block that they touch once."""
+        places = self.places[np.asarray(rows, dtype=np.int64)]
         images: list[bytes] = []
         for block in dict.fromkeys(places[:, 0].tolist()):
             column = self.reader.read(block).column("image")
