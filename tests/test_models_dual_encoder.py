@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from protoclip_scale.models.dual_encoder import FEATURES, DualEncoder, ParameterGroup
-from protoclip_scale.models.heads import PrototypeHead
+from protoclip_scale.models.heads import MlpHead
 from protoclip_scale.models.scale import LogitScale
 from protoclip_scale.recipe import schema
 
@@ -110,7 +110,7 @@ def test_heads_start_alike_and_towers_do_not_depend_on_them():
 
 @pytest.mark.parametrize(("hidden_layers", "shapes"), [(0, [(8, 16)]), (1, [(24, 16), (24,), (8, 24)]), (2, [(24, 16), (24,), (24, 24), (24,), (8, 24)])])
 def test_head_layers(hidden_layers, shapes):
-    head = PrototypeHead(16, schema.PrototypeHeads(dim=8, hidden_dim=24, hidden_layers=hidden_layers), groups=2)
+    head = MlpHead(16, 24, hidden_layers, 8, groups=2)
     assert [tuple(value.shape) for name, value in head.named_parameters() if name.endswith("weight")] == shapes
     assert [layer.groups for layer in head.layers if hasattr(layer, "groups")] == [2] * hidden_layers
 

@@ -159,6 +159,7 @@ class EncoderTokenizer(_Ids):
 def tokenizer_for(text: schema.TextTower, mask: bool = False) -> ClipTokenizer | EncoderTokenizer:
     """The tokenizer of a text tower: callable on list[str] -> Tokens, with num_tokens, context_length, vocab_size, pad_id, mask_id, special_ids, ordinary_ids, decode and save(folder).
 
-    ``mask``: texts will be masked, so a mask token is needed; CLIP's vocabulary then has one token more.
+    ``mask``: texts will be masked, whatever ``text.mask_token`` says, so a mask token is needed; CLIP's vocabulary then has one token more.
     """
+    mask = mask or text.mask_token
     return ClipTokenizer(text.context_length, mask) if text.name == "clip" else EncoderTokenizer(text.name, text.context_length, mask)

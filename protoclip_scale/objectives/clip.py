@@ -1,14 +1,23 @@
 """CLIP's contrastive loss: InfoNCE between images and texts of the global batch (methods 1.2)."""
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.tiled import tiled_cross_entropy
-from protoclip_scale.recipe.schema import ObjectiveSettings
+from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
+from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 
 
 class Settings(ObjectiveSettings):
     """The contrastive loss between images and captions."""
+
+    equal_captions: Literal["ignore", "mask", "share"] = Field(
+        "ignore",
+        description="Other rows of the global batch with the same caption. ignore: negatives, as in all published code; mask: left out of the softmax; "
+        "share: positives, each with an equal share of the target.",
+    )
 
 
 def clip_loss(
@@ -18,12 +27,15 @@ def clip_loss(
     all_text_ND: torch.Tensor,
     scale: torch.Tensor,
     columns_B: torch.Tensor,
+    keys: Keys | None = None,
 ) -> torch.Tensor:
     """(CE(s I T*', y) + CE(s T I*', y)) / 2 over the local rows B and the gathered columns N, in fp32 at least.
 
-    ``columns_B`` holds the column of each row's own partner. Memory is linear in the batch (see ``tiled_cross_entropy``).
+    ``columns_B`` holds the column of each row's own partner; ``keys`` say which other columns are as good (see ``Keys``), in both directions. Memory is linear in
+    the batch (see ``tiled_cross_entropy``).
     """
-    return 0.5 * (tiled_cross_entropy(image_BD, all_text_ND, scale, columns_B) + tiled_cross_entropy(text_BD, all_image_ND, scale, columns_B))
+    image_to_text = tiled_cross_entropy(image_BD, all_text_ND, scale, columns_B, keys)
+    return 0.5 * (image_to_text + tiled_cross_entropy(text_BD, all_image_ND, scale, columns_B, keys))
 
 
 class Contrastive(Objective):
@@ -32,10 +44,17 @@ class Contrastive(Objective):
     needs = frozenset({"image", "text", "logit_scale"})
     gathers = ("image", "text")
 
+    def __init__(self, settings: Settings, recipe: Recipe):
+        super().__init__(settings, recipe)
+        if settings.equal_captions != "ignore":
+            self.needs = self.needs | {"caption_key"}
+            self.gathers_constant = ("caption_key",)
+
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
-        return clip_loss(
-            features["image"], features["text"], gathered["image"], gathered["text"], features["logit_scale"], targets.columns_B
-        )
+        keys = None
+        if self.settings.equal_captions != "ignore":
+            keys = Keys(features["caption_key"], gathered["caption_key"], self.settings.equal_captions == "share")
+        return clip_loss(features["image"], features["text"], gathered["image"], gathered["text"], features["logit_scale"], targets.columns_B, keys)
 
 
 build = Contrastive

@@ -5,6 +5,8 @@ tiles that hold all columns, so a tile's softmax is final: G is formed with the 
 forgotten. Three products per direction, as the plain loss makes with its backward pass; what stays is [B, D] and [N, D].
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -20,9 +22,9 @@ def tile_rows(num_rows: int, num_columns: int, device: str) -> int:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_BD, columns_ND, scale, partners_B):
+    def forward(ctx, rows_BD, columns_ND, scale, partners_B, row_keys_B, column_keys_N, shared):
         dtype = torch.promote_types(rows_BD.dtype, torch.float32)
-        of_rows, of_columns, of_scale, _ = ctx.needs_input_grad
+        of_rows, of_columns, of_scale, *_ = ctx.needs_input_grad
         with torch.autocast(rows_BD.device.type, enabled=False):
             rows, columns = rows_BD.to(dtype), columns_ND.to(dtype)
             loss = rows.new_zeros(())
@@ -32,11 +34,22 @@ class _CrossEntropy(torch.autograd.Function):
             for start in range(0, len(rows), step):
                 tile = slice(start, start + step)
                 queries, partners = rows[tile] * scale, partners_B[tile, None]
-                log_shares = torch.log_softmax(queries @ columns.T, dim=1)
-                loss -= log_shares.gather(1, partners).sum()
+                logits, positives = queries @ columns.T, None
+                if row_keys_B is not None:
+                    equal = row_keys_B[tile, None] == column_keys_N
+                    if shared:
+                        positives = equal.to(dtype).div_(equal.sum(1, keepdim=True))
+                    else:
+                        logits.masked_fill_(equal.scatter_(1, partners, False), -torch.inf)
+                log_shares = torch.log_softmax(logits, dim=1)
+                loss -= log_shares.gather(1, partners).sum() if positives is None else (log_shares * positives).sum()
                 if not any(ctx.needs_input_grad):
                     continue
-                slopes = log_shares.exp_().scatter_add_(1, partners, log_shares.new_full(partners.shape, -1.0))
+                slopes = log_shares.exp_()
+                if positives is None:
+                    slopes.scatter_add_(1, partners, slopes.new_full(partners.shape, -1.0))
+                else:
+                    slopes -= positives
                 if row_slopes is not None:
                     torch.mm(slopes, columns, out=row_slopes[tile])
                 if column_slopes is not None:
@@ -56,14 +69,27 @@ class _CrossEntropy(torch.autograd.Function):
             None if row_slopes is None else (row_slopes * (gradient * scale)).to(ctx.dtypes[0]),
             None if column_slopes is None else (column_slopes * gradient).to(ctx.dtypes[1]),
             None if scale_slope is None else (gradient * scale_slope).to(scale.dtype).expand_as(scale),
-            None,
+            *[None] * 4,
         )
 
 
-def tiled_cross_entropy(rows_BD: torch.Tensor, columns_ND: torch.Tensor, scale: torch.Tensor, partners_B: torch.Tensor) -> torch.Tensor:
+class Keys(NamedTuple):
+    """What makes a column equal to a row's partner: the same int64 key. ``rows`` [B]: those of the partners; ``columns`` [N].
+
+    ``shared`` false: equal columns other than the partner are left out of the row's softmax, being no negatives. True: all equal columns are positives, with equal
+    shares of the target: the loss of a row is  lse_j(A_j) - mean over its equal columns of A_j .
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    shared: bool
+
+
+def tiled_cross_entropy(rows_BD: torch.Tensor, columns_ND: torch.Tensor, scale: torch.Tensor, partners_B: torch.Tensor, keys: Keys | None = None) -> torch.Tensor:
     """Mean over the B rows of the cross-entropy of s X C' with the columns ``partners_B`` (int64, in [0, N)): fp32 at least, whatever autocast is on.
 
     ``scale``: one number. Gradients reach rows, columns and scale. Costs 6 B N D operations where all three are wanted, 2 B N D where none
-    is; holds [B, D] and [N, D] for the backward pass and, while it runs, two tiles of ``tile_rows`` x N.
+    is; holds [B, D] and [N, D] for the backward pass and, while it runs, two tiles of ``tile_rows`` x N. ``keys`` add a comparison of B N numbers
+    and another tile.
     """
-    return _CrossEntropy.apply(rows_BD, columns_ND, scale, partners_B)
+    return _CrossEntropy.apply(rows_BD, columns_ND, scale, partners_B, *(keys or (None, None, False)))

@@ -21,7 +21,7 @@ class ImageTower(Section):
 
 
 class TextTower(Section):
-    """The text encoder: CLIP's causal transformer, or any transformers encoder."""
+    """The text encoder: CLIP's transformer, or any transformers encoder."""
 
     name: str = Field("clip", description="clip, or the name or folder of a transformers text encoder, which brings its own tokenizer, pooling and length.")
     pretrained: bool = Field(False, description="For a transformers encoder: start from its published weights.")
@@ -30,10 +30,14 @@ class TextTower(Section):
     heads: Positive = Field(8, description="Attention heads of CLIP's text transformer.")
     layers: Positive = Field(12, description="Layers of CLIP's text transformer.")
     activation: Literal["gelu", "quick_gelu"] = Field("gelu", description="Activation of CLIP's text transformer; the original used quick_gelu.")
+    causal: bool = Field(True, description="CLIP's text transformer: each token sees those before it, as in CLIP. false: it sees all of the caption's. Other encoders have their own attention.")
+    mask_token: bool = Field(False, description="A mask token, which masked language modelling needs: one more row in CLIP's table of tokens (exports leave it out); another encoder must bring its own.")
     grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 
     @model_validator(mode="after")
     def _divisible(self):
+        if self.name != "clip" and not self.causal:
+            raise ValueError(f"model.text.causal false has no effect with model.text.name {self.name}, which brings its own attention; remove it")
         if self.name == "clip" and self.width % self.heads:
             raise ValueError(f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}")
         return self
