@@ -45,6 +45,13 @@ class Batch:
     masked_views: dict[str, MaskedTokens] = field(default_factory=dict)  # the main text, masked, by name
     extra: dict[str, list] = field(default_factory=dict)  # columns.extra of the sources, by name
 
+    def inputs(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """What towers take, by side and view: ``image``, (images,); ``text@VIEW``, (ids, lengths), and labels if it is masked."""
+        inputs = {"image": (self.images,), "text": (self.token_ids, self.token_lengths)}
+        inputs |= {f"image@{name}": (images,) for name, images in self.image_views.items()}
+        inputs |= {f"text@{name}": (tokens.ids, tokens.lengths) for name, tokens in self.text_views.items()}
+        return inputs | {f"text@{name}": (tokens.ids, self.token_lengths, tokens.labels) for name, tokens in self.masked_views.items()}
+
     def pin_memory(self) -> "Batch":
         """For faster copies to a GPU."""
         for name, value in vars(self).items():

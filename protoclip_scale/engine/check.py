@@ -37,7 +37,7 @@ from protoclip_scale.export.open_clip_layout import check_open_clip
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.parts import parameters_of
-from protoclip_scale.objectives import build_objectives
+from protoclip_scale.objectives import build_objectives, features_of, heads_of, used, views_of
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe, dump
@@ -142,9 +142,9 @@ class Check:
     def model(self) -> None:
         """Parameters, FLOPs, memory, and bytes of features."""
         recipe = self.recipe
-        objectives = {name: each for name, each in build_objectives(recipe).items() if each.settings.weight > 0}
-        features = frozenset({"image", "text"}).union(*(each.needs for each in objectives.values()))
-        model = self.attempt(lambda: build_model(recipe, features, recipe.run.seed, fresh=False))
+        objectives = used(build_objectives(recipe))
+        self.attempt(lambda: views_of(objectives))
+        model = self.attempt(lambda: build_model(recipe, features_of(objectives), recipe.run.seed, fresh=False, heads=heads_of(objectives)))
         if model:
             self.attempt(lambda: refuse_batch_norm(model, recipe, self.world))
             if recipe.optim.compile_blocks:

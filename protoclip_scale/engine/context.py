@@ -16,6 +16,7 @@ from protoclip_scale.data.rows import unpack_row_ids
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.data.spool import Spool
 from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
+from protoclip_scale.data.views import Views
 from protoclip_scale.engine.learning import LearningWatch
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
@@ -87,6 +88,7 @@ class RunContext:
     spool: Spool
     bad_rows: BadRows
     tokenizer: ClipTokenizer | EncoderTokenizer
+    views: Views
     schedule: Schedule
     device: torch.device
     trace: RowTrace

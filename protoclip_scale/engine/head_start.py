@@ -20,7 +20,7 @@ from protoclip_scale.engine.context import RunContext
 def _train_batches(run: RunContext, plan: EpisodePlan) -> EpisodeBatches:
     recipe = run.recipe
     return EpisodeBatches(
-        recipe.data, recipe.model.image.size, run.tokenizer, plan, run.spool, run.lanes, purpose="train", seed=recipe.data.plan.seed
+        recipe.data, recipe.model.image.size, run.tokenizer, plan, run.spool, run.lanes, purpose="train", seed=recipe.data.plan.seed, views=run.views
     )
 
 

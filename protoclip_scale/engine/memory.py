@@ -4,12 +4,15 @@ weights; and which strategy to take."""
 import re
 from dataclasses import dataclass
 
+import torch
+
 from protoclip_scale.engine.cost import DIRECTIONS, FLOAT_BYTES
 from protoclip_scale.engine.model_cost import ModelCost
 from protoclip_scale.engine.strategy.memory import LAYOUTS, Layout, Sizes, StateMemory
 from protoclip_scale.errors import UserError
+from protoclip_scale.models.features import parse
 from protoclip_scale.models.microbatches import num_microbatches
-from protoclip_scale.objectives import Objective
+from protoclip_scale.objectives import Objective, used, views_of
 from protoclip_scale.objectives.tiled import tile_rows
 from protoclip_scale.prototypes.loss import tile_elements
 from protoclip_scale.recipe import Recipe
@@ -46,12 +49,16 @@ def shared_memory(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objecti
     """What every strategy needs besides the weights' state, by what it holds. ``device``: cpu or cuda, which decides the size of tiles."""
     plan = recipe.data.plan
     local_rows = plan.global_batch // world
-    memory = {"images and captions": local_rows * (3 * recipe.model.image.size**2 + 8 * recipe.model.text.context_length)}
+    views = views_of(objectives)
+    images, texts = 1 + len(views.images), 1 + len(views.texts) + 2 * len(views.masked)  # masked ones have labels
+    memory = {"images and captions": local_rows * (images * 3 * recipe.model.image.size**2 + texts * 8 * recipe.model.text.context_length)}
     memory |= _activations(cost, recipe, local_rows)
-    gathered = sum(len(each.gathers) for each in objectives.values())
+    gathered = sum(_numbers_gathered(each, cost) for each in used(objectives).values())
     tiles = 0
     if gathered:  # one tile's logits and softmax at a time; the gradients of rows and columns stay
-        tiles += 2 * tile_rows(local_rows, plan.global_batch, device) * plan.global_batch + gathered * (local_rows + plan.global_batch) * recipe.model.embed_dim
+        tiles += 2 * tile_rows(local_rows, plan.global_batch, device) * plan.global_batch + gathered * (local_rows + plan.global_batch)
+    if remembered := sum(_bytes_of_state(each) for each in used(objectives).values()):
+        memory["what objectives remember"] = remembered
     if recipe.prototypes:
         clusters, width = recipe.prototypes.clusters, recipe.model.prototype_heads.dim
         labelings = set().union(*(each.clusters for each in objectives.values()))
@@ -64,16 +71,28 @@ def shared_memory(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objecti
     return memory | {"loss tiles": FLOAT_BYTES * tiles}
 
 
+def _numbers_gathered(objective: Objective, cost: ModelCost) -> int:
+    """Of a row, for one objective."""
+    sizes = cost.sizes | objective.derived_sizes(cost.sizes)
+    return sum(sizes[name] if name in sizes else sizes[parse(name).kind] for name in objective.gathers)
+
+
+def _bytes_of_state(objective: Objective) -> int:
+    objective.prepare(torch.device("meta"))
+    return sum(tensor.nbytes for tensor in objective.state().values())
+
+
 def _activations(cost: ModelCost, recipe: Recipe, local_rows: int) -> dict[str, int]:
-    """Both towers' for all rows; or, in micro-batches, one tower's for one of them, beside what towers give for each row."""
+    """Both towers' for all rows of all views; or, in micro-batches, one tower's for one of them, beside what towers give for each row."""
     recomputed = {side: getattr(recipe.model, side).grad_checkpointing for side in cost.towers}
     per_row = {side: each.checkpointed if recomputed[side] else each.whole for side, each in cost.towers.items()}
+    passes = {part: cost.passes(part, cost.wants) for part in cost.users}
     rows, cut = local_rows, num_microbatches(local_rows, recipe.optim.microbatch) > 1
     if cut:
         rows = recipe.optim.microbatch
-    towers = rows * (max(per_row.values()) if cut else sum(per_row.values()))
+    towers = rows * (max(per_row.values()) if cut else sum(passes[f"{side}_tower"] * each for side, each in per_row.items()))
     half = recipe.optim.precision != "fp32"
-    outputs = local_rows * (cost.heads + DIRECTIONS * FLOAT_BYTES * recipe.model.embed_dim)
+    outputs = local_rows * (sum(passes[part] * each for part, each in cost.heads.items()) + DIRECTIONS * FLOAT_BYTES * recipe.model.embed_dim)
     memory = {"activations (estimate)": round(towers * (HALF_SHARE if half else 1)) + outputs}
     if half:  # autocast's copies of weights live until the backward pass has used them
         memory["weights in half precision"] = HALF_BYTES * (max(cost.blocks, default=0) if all(recomputed.values()) else cost.products)

@@ -11,10 +11,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from protoclip_scale.engine.freezing import trained_parameters
+from protoclip_scale.data.masking import IGNORED, SELECTED_SHARE
+from protoclip_scale.engine.freezing import features_wanted, trained_parameters
 from protoclip_scale.models.blocks import blocks
 from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.objectives import Objective, features_of
+from protoclip_scale.models.features import parse
+from protoclip_scale.models.passes import SIDES, closure, side_of
+from protoclip_scale.objectives import Objective, features_of, heads_of, used
 from protoclip_scale.objectives.base import locked_from
 from protoclip_scale.recipe import Recipe
 
@@ -45,8 +48,9 @@ class Activations(NamedTuple):
 class ModelCost:
     """By part of the dual encoder. Captions are as long as they can be unless told otherwise.
 
-    ``trained``: parameters that train in some episode. ``blocks``: parameters of each repeated block. ``towers``: activations by side; ``heads``: bytes that one row keeps in projections
-    and heads, which see all rows at once. ``products``: weights that autocast copies in half precision.
+    ``trained``: parameters that train in some episode. ``blocks``: parameters of each repeated block. ``flops``: of one pass. ``towers``: activations of a pass by side, those of heads inside
+    micro-batches with them; ``heads``: bytes that one row keeps, of each part, in projections and heads, which see all rows of a view at once. ``products``: weights that autocast copies in half precision.
+    ``sizes``: numbers that a row has of each kind of feature. ``users``: see ``DualEncoder.users``. ``wants``: all features of all objectives.
     """
 
     parameters: dict[str, int]
@@ -56,7 +60,18 @@ class ModelCost:
     flops: dict[str, Flops]
     longest: int
     towers: dict[str, Activations]
-    heads: int
+    heads: dict[str, int]
+    sizes: dict[str, int]
+    users: dict[str, frozenset[str]]
+    wants: frozenset[str]
+
+    def passes(self, part: str, wants: frozenset[str]) -> int:
+        """How often a part runs over a batch: once for each view that a feature is wanted of."""
+        return len({feature.view for feature in map(parse, wants) if feature.kind in self.users[part]})
+
+    def flops_of(self, wants: frozenset[str]) -> int:
+        """Of a forward pass over one row of all the views that these features need, with the longest captions."""
+        return round(sum(self.passes(part, wants) * flops.at(self.longest) for part, flops in self.flops.items()))
 
     @property
     def num_parameters(self) -> int:
@@ -64,14 +79,15 @@ class ModelCost:
 
     @property
     def forward_flops(self) -> int:
-        """Of an image-text pair with the longest caption."""
-        return round(sum(flops.at(self.longest) for flops in self.flops.values()))
+        """Of a row with the longest captions, in all the views that a step may need."""
+        return self.flops_of(self.wants)
 
 
 class _Counted(NamedTuple):
     flops: int
     whole: int
     checkpointed: int
+    output: Any
 
 
 class _Saved:
@@ -121,34 +137,62 @@ def measure(recipe: Recipe, objectives: dict[str, Objective]) -> ModelCost:
     """Counts forward passes of two rows in training mode; a second or less, without the model's memory. Raises UserError for a model that cannot be built."""
     plain = {side: getattr(recipe.model, side).model_copy(update={"grad_checkpointing": False}) for side in ("image", "text")}
     with torch.device("meta"):
-        model = DualEncoder(recipe.model.model_copy(update=plain), features_of(objectives), pretrained=False)
+        model = DualEncoder(recipe.model.model_copy(update=plain), features_of(objectives), pretrained=False, heads=heads_of(objectives))
         trained = trained_in_some_episode(model, recipe, objectives)
         model.train()
         model.train_only(trained)
         size, longest = recipe.model.image.size, recipe.model.text.context_length
         encoder = model.text_tower.encoder
-        of_length = {
-            tokens: _counted(model, encoder, lambda tokens=tokens: encoder(input_ids=torch.ones(PROBE_ROWS, tokens, dtype=torch.int64)))
-            for tokens in sorted({longest, (longest + 1) // 2, 1})
-        }
+        lengths = sorted({longest, (longest + 1) // 2, 1})
+        of_length = {tokens: _counted(model, encoder, lambda tokens=tokens: encoder(input_ids=torch.ones(PROBE_ROWS, tokens, dtype=torch.int64))) for tokens in lengths}
         image = _counted(model, model.image_tower, lambda: model.image_tower(torch.zeros(PROBE_ROWS, 3, size, size)))
-        widths = {"image_projection": model.image_tower.num_features, "text_projection": model.text_tower.num_features}
-        widths |= dict.fromkeys(("image_prototype_head", "text_prototype_head"), model.embed_dim)
-        heads = {name: _counted(model, head, lambda head=head, width=width: head(torch.zeros(PROBE_ROWS, width))) for name, width in widths.items() if (head := getattr(model, name, None))}
+        projections = {f"{side}_projection": getattr(model, f"{side}_projection") for side in SIDES}
+        found = {name: _counted(model, layer, lambda layer=layer: layer(torch.zeros(PROBE_ROWS, layer.in_features))) for name, layer in projections.items()}
+        heads = {tokens: _count_heads(model, image.output.tokens, tokens) for tokens in lengths}
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         parameters[name.split(".")[0]] = parameters.get(name.split(".")[0], 0) + parameter.numel()
     flops = {"image_tower": Flops(image.flops), "text_tower": _through({tokens: each.flops for tokens, each in of_length.items()})}
+    flops |= {name: Flops(each.flops) for name, each in found.items()}
+    of_side, kept, in_parts = {"image": image, "text": of_length[longest]}, {name: each.whole for name, each in found.items()}, dict.fromkeys(SIDES, 0)
+    for kind, counted in heads[longest].items():
+        part = model.heads[kind].part(kind)
+        if model.heads[kind].in_parts:
+            in_parts[side_of(kind, model.heads)] += counted.whole
+        else:
+            kept[part] = counted.whole
+        flops[part] = _through({tokens: each[kind].flops for tokens, each in heads.items()})
     return ModelCost(
         parameters=parameters,
         trained=sum(model.get_parameter(name).numel() for name in trained),
         blocks=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)),
         products=sum(each.weight.numel() for tower in (model.image_tower, encoder) for each in tower.modules() if isinstance(each, nn.Linear | nn.Conv2d)),
-        flops=flops | {name: Flops(each.flops) for name, each in heads.items()},
+        flops=flops,
         longest=longest,
-        towers={"image": Activations(image.whole, image.checkpointed), "text": Activations(of_length[longest].whole, of_length[longest].checkpointed)},
-        heads=sum(each.whole for each in heads.values()),
+        towers={side: Activations(each.whole + in_parts[side], each.checkpointed + in_parts[side]) for side, each in of_side.items()},
+        heads=kept,
+        sizes=dict.fromkeys(SIDES, model.embed_dim) | {kind: counted.output.numel() // PROBE_ROWS for kind, counted in heads[longest].items()},
+        users=model.users,
+        wants=features_wanted(used(objectives)),
     )
+
+
+def _count_heads(model: DualEncoder, image_tokens: torch.Tensor, tokens: int) -> dict[str, "_Counted"]:
+    """Every head that reads something, by kind, for captions of so many tokens, of which masking selects its share."""
+    widths = model.widths
+    labels = torch.full((PROBE_ROWS, tokens), IGNORED, device="cpu")
+    labels[:, : round(SELECTED_SHARE * tokens)] = 0
+    values = {name: (torch.zeros(PROBE_ROWS, getattr(widths, name)),) for name in ("image_pooled", "text_pooled", "image_projected", "text_projected")}
+    values |= {"image_tokens": (torch.zeros(image_tokens.shape),), "labels": (labels,)}
+    values["text_tokens"] = torch.zeros(PROBE_ROWS, tokens, widths.text_tokens), torch.ones(PROBE_ROWS, tokens, dtype=torch.bool)
+    found = {}
+    for kind in closure(model.heads, model.heads):
+        head = model.heads[kind]
+        if head.reads:
+            module, inputs = getattr(model, head.part(kind)), [each for read in head.reads for each in values[read]]
+            found[kind] = _counted(model, module, lambda module=module, inputs=inputs: module(*inputs))
+            values[kind] = (torch.zeros(found[kind].output.shape),)
+    return found
 
 
 def trained_in_some_episode(model: DualEncoder, recipe: Recipe, objectives: dict[str, Objective]) -> frozenset[str]:
@@ -176,9 +220,8 @@ def _counted(model: nn.Module, module: nn.Module, run: Callable[[], Any]) -> _Co
         output = run()
     for hook in hooks:
         hook.remove()
-    del output
     checkpointed = saved.bytes - sum(inside) + sum(entering) + max(inside, default=0)
-    return _Counted(*(number // PROBE_ROWS for number in (counter.get_total_flops(), saved.bytes, checkpointed)))
+    return _Counted(*(number // PROBE_ROWS for number in (counter.get_total_flops(), saved.bytes, checkpointed)), output)
 
 
 def _through(points: dict[int, int]) -> Flops:

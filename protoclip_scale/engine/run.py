@@ -34,6 +34,7 @@ from protoclip_scale.engine.signals import StopFlag
 from protoclip_scale.engine.trace import RowTrace
 from protoclip_scale.engine.watch import begin as begin_watch
 from protoclip_scale.errors import Stopped, UserError
+from protoclip_scale.objectives import build_objectives, views_of
 from protoclip_scale.recipe import Recipe
 from protoclip_scale.report.console import make_console
 
@@ -97,9 +98,10 @@ def _resumed_at(start: Start) -> Cursor:
 
 def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
     readers = collectives.from_rank_zero_patiently(lambda: open_readers(pinned(recipe.data, folder)), meanwhile=stop.agree)
-    wordnet = open_wordnet().digest if recipe.data.text_augmentation == "eda" else None
+    views = views_of(build_objectives(recipe))
+    wordnet = open_wordnet().digest if "eda" in {recipe.data.text_augmentation, *views.texts.values()} else None
     if len(set(collectives.all_gather_objects(wordnet))) > 1:
-        raise UserError("data.text_augmentation eda: the ranks' machines have different WordNets, which give different texts; install the same one on all")
+        raise UserError("text augmentation eda: the ranks' machines have different WordNets, which give different texts; install the same one on all")
     collectives.from_rank_zero(lambda: check_sources(folder, readers, wordnet))
     index = index_of(readers)
     plan = Plan(index, recipe.data.plan)
@@ -128,6 +130,7 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
         spool=Spool(scratch / "spool", start.run_id),
         bad_rows=BadRows(quarantine, readers, recipe.data.max_bad_fraction),
         tokenizer=tokenizer_for(recipe.model.text),
+        views=views,
         schedule=Schedule(recipe, plan.steps_per_episode, plan.num_rows),
         device=device,
         trace=RowTrace(folder, start.attempt, enabled=recipe.run.trace_rows),

@@ -7,7 +7,7 @@ from protoclip_scale.engine.checkpoint import read_weights
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.objectives import build_objectives, features_of
+from protoclip_scale.objectives import build_objectives, features_of, heads_of
 from protoclip_scale.recipe import Recipe, load_recipe
 
 
@@ -29,6 +29,7 @@ def load_model(run_dir: Path | str, chosen: str = "latest", weights: str | None 
         raise UserError(f"{run_dir} is no run directory: it holds no recipe.yaml")
     recipe = load_recipe(run_dir / "recipe.yaml")
     weights, tensors = read_weights(run_dir, chosen, weights)
-    model = build_model(recipe, features_of(build_objectives(recipe)), recipe.run.seed, fresh=False)
+    objectives = build_objectives(recipe)
+    model = build_model(recipe, features_of(objectives), recipe.run.seed, fresh=False, heads=heads_of(objectives))
     model.load_state_dict(tensors, strict=True)
     return SavedModel(recipe, model.eval(), weights)

@@ -24,6 +24,16 @@ def warmup_cosine_declip(step: int, start: float, peak: float, warmup_steps: int
     return final + (peak - final) * (1 + math.cos(math.pi * (iteration - warmup_steps) / (total_steps - warmup_steps))) / 2
 
 
+def warmup_cosine_slip(step: int, start: float, peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
+    """SLIP's form: evenly from ``start`` at step 0 to ``peak`` at the last step of the warm-up, and at the one after it; then a cosine to ``final`` (methods S6)."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / max(1, warmup_steps - 1)
+    return warmup_cosine(step, peak, warmup_steps, total_steps, final)
+
+
+WARMED = {"declip": warmup_cosine_declip, "slip": warmup_cosine_slip}  # forms that start at ``schedule.warmup_lr``
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The run's length and the learning rate of each parameter group ("visual", "other") at each step."""
@@ -66,8 +76,8 @@ class Schedule:
 
     def _curve(self, step: int, total_steps: int) -> float:
         optim, schedule = self.recipe.optim, self.recipe.schedule
-        if schedule.form == "declip":
-            return warmup_cosine_declip(step, schedule.warmup_lr, optim.lr, schedule.warmup_steps, total_steps, schedule.final_lr)
+        if schedule.form in WARMED:
+            return WARMED[schedule.form](step, schedule.warmup_lr, optim.lr, schedule.warmup_steps, total_steps, schedule.final_lr)
         return warmup_cosine(step, optim.lr, schedule.warmup_steps, total_steps, schedule.final_lr)
 
     def _visual(self, step: int) -> float:

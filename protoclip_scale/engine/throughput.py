@@ -10,17 +10,16 @@ import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.cost import TRAINING_FACTOR
-from protoclip_scale.engine.model_cost import Flops, measure
+from protoclip_scale.engine.model_cost import Flops, ModelCost, measure
 from protoclip_scale.engine.peaks import peak_flops
-from protoclip_scale.models.dual_encoder import USERS
 from protoclip_scale.objectives import Objective
 from protoclip_scale.recipe import Recipe
 
 
-def training_flops(flops: dict[str, Flops], wants: frozenset[str], trained: Iterable[str]) -> Flops:
-    """Of one sample of a step that computes ``wants`` and trains the parameters ``trained``."""
+def training_flops(cost: ModelCost, wants: frozenset[str], trained: Iterable[str]) -> Flops:
+    """Of one sample of a step that computes ``wants`` and trains the parameters ``trained``. Other texts of a row count as its caption does."""
     parts = {name.split(".")[0] for name in trained}
-    used = [(TRAINING_FACTOR if part in parts else 1, each) for part, each in flops.items() if USERS[part] & wants]
+    used = [(cost.passes(part, wants) * (TRAINING_FACTOR if part in parts else 1), each) for part, each in cost.flops.items()]
     return Flops(*(sum(factor * each[power] for factor, each in used) for power in range(len(Flops._fields))))
 
 
@@ -33,8 +32,8 @@ class Throughput:
     def __init__(self, recipe: Recipe, objectives: dict[str, Objective], device: torch.device):
         self._rows = recipe.data.plan.global_batch
         self._peak = peak_flops(device, recipe.optim.precision, recipe.run.peak_tflops)
-        self._count: Callable[[], dict[str, Flops]] = lambda: measure(recipe, objectives).flops
-        self._parts: dict[str, Flops] | None = None
+        self._count: Callable[[], ModelCost] = lambda: measure(recipe, objectives)
+        self._cost: ModelCost | None = None
         self._sample: Flops | None = None
         self._forget()
 
@@ -46,8 +45,8 @@ class Throughput:
         self._forget()
         if self._peak is None or collectives.rank():
             return
-        self._parts = self._parts or self._count()
-        self._sample = training_flops(self._parts, wants, trained)
+        self._cost = self._cost or self._count()
+        self._sample = training_flops(self._cost, wants, trained)
 
     def add(self, token_lengths: torch.Tensor) -> None:
         """A step with this rank's captions, whose lengths lie on the CPU."""

@@ -92,9 +92,7 @@ def train_episode(
                 figures["compiled_graphs"] = num_graphs()
             if run.nonfinite.total:
                 figures["skipped_steps"] = run.nonfinite.total
-            for name, label in (("logit_scale", "scale/logit"), ("prototype_scale", "scale/prototype")):
-                if name in loss.features:
-                    figures[label] = loss.features[name].item()
+            figures |= {f"scale/{name.removesuffix('_scale')}": value.item() for name, value in loss.features.items() if name.endswith("_scale")}
             samples = step * recipe.data.plan.global_batch
             run.log.metrics("train", step=step, samples=samples, episode=episode, **figures)
             run.learning.look(step, samples, figures.get("loss/clip"))

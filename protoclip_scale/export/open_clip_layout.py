@@ -16,7 +16,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.models.dual_encoder import NORMALIZATION, DualEncoder
 from protoclip_scale.models.image import ImageTower
 from protoclip_scale.models.open_clip_keys import text_to_open_clip
-from protoclip_scale.models.text import CLIP_VOCABULARY, TextTower
+from protoclip_scale.models.text import CLIP_VOCABULARY, MASK_ID, TextTower, clip_ids, without_mask_row
 from protoclip_scale.recipe import schema
 
 TOLERANCE = 1e-4  # of the self-test's unit embeddings; fp32 rounding stays far below, a wrong pooling far above
@@ -74,7 +74,7 @@ def _vision_config(settings: schema.Model, image: ImageTower) -> dict[str, Any]:
 
 def _model_config(settings: schema.Model, image: ImageTower, text: TextTower) -> dict[str, Any]:
     config = {"embed_dim": settings.embed_dim, "vision_cfg": _vision_config(settings, image)}
-    if text.causal:
+    if text.is_clip:
         names = ("context_length", "width", "heads", "layers")
         text_config = {name: getattr(settings.text, name) for name in names} | {"vocab_size": CLIP_VOCABULARY}
         return config | {"quick_gelu": settings.text.activation == "quick_gelu", "text_cfg": text_config}
@@ -99,8 +99,9 @@ def _weights(model: DualEncoder) -> dict[str, torch.Tensor]:
     place = f"visual.trunk.{trunk.pretrained_cfg['classifier']}" if model.image_tower.ends_in_projection else "visual.head.proj"
     weights |= {f"{place}.{name}": tensor for name, tensor in model.image_projection.state_dict().items()}
     text = model.text_tower.encoder.state_dict()
-    if model.text_tower.causal:
-        weights |= text_to_open_clip(text) | {"text_projection": model.text_projection.weight.T}
+    if model.text_tower.is_clip:
+        table = "embeddings.token_embedding.weight"
+        weights |= text_to_open_clip(text | {table: without_mask_row(text[table])}) | {"text_projection": model.text_projection.weight.T}
     else:
         weights |= {f"text.transformer.{name}": tensor for name, tensor in text.items()} | {"text.proj.weight": model.text_projection.weight}
     weights["logit_scale"] = model.logit_scale.bounded_log().reshape(())
@@ -130,7 +131,7 @@ def _image_reasons(settings: schema.Model) -> list[str]:
 def _text_reasons(settings: schema.Model) -> list[str]:
     name = settings.text.name
     if name == "clip":
-        return []
+        return [] if settings.text.causal else ["open_clip lets a text transformer that is not causal see padding, model.text.causal false does not: set it to true"]
     if Path(name).exists():
         return [f"open_clip finds text encoders by hub name, model.text.name {name} is a folder of this machine: give the encoder's hub name"]
     from open_clip.hf_configs import arch_dict
@@ -158,7 +159,7 @@ def _difference(model: DualEncoder, settings: schema.Model, folder: Path) -> flo
     ids, lengths = _made_up_tokens(model.text_tower, settings.text.context_length, draws)
     pairs = (
         (model.encode_image(images), F.normalize(theirs.encode_image(images), dim=-1)),
-        (model.encode_text(ids, lengths), F.normalize(theirs.encode_text(ids), dim=-1)),
+        (model.encode_text(ids, lengths), F.normalize(theirs.encode_text(clip_ids(ids) if settings.text.name == "clip" and settings.text.mask_token else ids), dim=-1)),
     )
     return max((ours - other).abs().max().item() for ours, other in pairs)
 
@@ -166,8 +167,8 @@ def _difference(model: DualEncoder, settings: schema.Model, folder: Path) -> flo
 def _made_up_tokens(tower: TextTower, context_length: int, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     config = tower.encoder.config
     lengths = torch.tensor([context_length, max(2, context_length // 2)])
-    ids = torch.randint(1, config.vocab_size - 2, (2, context_length), generator=draws)
+    ids = torch.randint(1, MASK_ID if tower.is_clip else config.vocab_size - 2, (2, context_length), generator=draws)
     ids[ids == config.pad_token_id] += 1
-    if tower.causal:
+    if tower.is_clip:
         ids[torch.arange(2), lengths - 1] = config.vocab_size - 1  # the end token has the largest id, which open_clip pools by
     return ids.masked_fill(torch.arange(context_length) >= lengths[:, None], config.pad_token_id), lengths

@@ -126,7 +126,7 @@ class DualEncoder(nn.Module):
         passes: dict[Feature, set[str]] = {}
         outputs = {}
         for kind, view in sorted(map(parse, asked)):
-            side = side_of(kind, self.heads) if kind != "logit_scale" else None
+            side = side_of(kind, self.heads)
             if side:
                 passes.setdefault(Feature(side, view), set()).add(kind)
             else:

@@ -146,9 +146,18 @@ def _check_activations(model: DualEncoder, settings: schema.Model, text: str, im
         raise UserError(f"model.init_from: {settings.init_from} was trained with {image} in the image tower, {settings.image.name} has another activation; timm's names with quickgelu have quick_gelu")
 
 
+def _with_the_same_tokens(own: State, state: State) -> State:
+    """The state with a table of tokens as the model has it: with a row for the mask token, its own where the source has none, or without."""
+    table = state.get(TOKENS)
+    if table is None or len(own.get(TOKENS, table)) == len(table) or {len(table), len(own[TOKENS])} != {CLIP_VOCABULARY, CLIP_VOCABULARY + 1}:
+        return state
+    return state | {TOKENS: without_mask_row(table) if len(table) > CLIP_VOCABULARY else with_mask_row(table, own[TOKENS][MASK_ID : MASK_ID + 1])}
+
+
 def _load(model: DualEncoder, state: State, source: str) -> None:
     """Copy by name; towers and projections must fit exactly, heads and scales are taken where both have them."""
     own = model.state_dict()
+    state = _with_the_same_tokens(own, state)
     required = [name for name in own if name.split(".")[0] in ("image_tower", "image_projection", "text_tower", "text_projection")]
     tower_parts = ("image_tower.", "image_projection.", "text_tower.", "text_projection.")
     # a counter that some formats leave out and none of our computations reads
@@ -162,6 +171,6 @@ def _load(model: DualEncoder, state: State, source: str) -> None:
     if missing or foreign:
         raise UserError(f"model.init_from: {source} does not fit: {len(missing)} weights are missing there and {len(foreign)} unknown here, first {(missing + foreign)[0]}; {fix}")
     model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state}, strict=False)
-    for scale in (module for module in (model.logit_scale, getattr(model, "prototype_logit_scale", None)) if module is not None):
+    for scale in (module for module in model.modules() if isinstance(module, LogitScale)):
         with torch.no_grad():
             scale.log.clamp_(scale.minimum, scale.maximum)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from protoclip_scale.models.features import Feature, parse
 from protoclip_scale.models.heads import Head
 
 SIDES = ("image", "text")
@@ -36,6 +37,8 @@ def sources(kind: str, heads: Heads) -> frozenset[str]:
 
 def side_of(kind: str, heads: Heads) -> str | None:
     """image or text; None for a temperature, which no tower is run for."""
+    if kind == "logit_scale":
+        return None
     found = {name.split("_")[0] if name != "labels" else "text" for name in sources(kind, heads)}
     assert len(found) <= 1, f"{kind} reads outputs of both towers"
     return found.pop() if found else None
@@ -54,6 +57,12 @@ def users_of(kinds: Iterable[str], heads: Heads) -> dict[str, frozenset[str]]:
         for read in closure([kind], heads):
             users[heads[read].part(read)].add(kind)
     return {part: frozenset(each) for part, each in users.items()}
+
+
+def views_needed(names: Iterable[str], heads: Heads) -> frozenset[str]:
+    """``image``, ``text@VIEW``: the views that a tower is run over for these features."""
+    placed = ((side_of(kind, heads), view) for kind, view in map(parse, names))
+    return frozenset(Feature(side, view).name for side, view in placed if side)
 
 
 class Pass(NamedTuple):

@@ -171,6 +171,11 @@ def with_mask_row(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return torch.cat((table[:MASK_ID], row, table[MASK_ID:]))
 
 
+def clip_ids(ids: torch.Tensor) -> torch.Tensor:
+    """CLIP's own ids of tokens from a tokenizer with a mask token; the mask token itself has none."""
+    return torch.where(ids > MASK_ID, ids - 1, ids)
+
+
 def without_mask_row(table: torch.Tensor) -> torch.Tensor:
     """The table for CLIP's own ids; the same table if it has no row for the mask token."""
     return table if len(table) == CLIP_VOCABULARY else torch.cat((table[:MASK_ID], table[MASK_ID + 1 :]))

@@ -6,6 +6,7 @@ from protoclip_scale.data.views import Views
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.heads import Head
 from protoclip_scale.objectives.base import Objective, Targets
+from protoclip_scale.objectives.inputs import is_input
 from protoclip_scale.recipe.names import objective_module
 from protoclip_scale.recipe.schema import Recipe
 
@@ -24,7 +25,7 @@ def used(objectives: dict[str, Objective]) -> dict[str, Objective]:
 
 def features_of(objectives: dict[str, Objective]) -> frozenset[str]:
     """The features a model must be able to give: those of every objective that is ever used, and the embeddings."""
-    return frozenset({"image", "text"}).union(*(objective.needs for objective in used(objectives).values()))
+    return frozenset({"image", "text"}) | {name for objective in used(objectives).values() for name in objective.needs if not is_input(name)}
 
 
 def heads_of(objectives: dict[str, Objective]) -> dict[str, Head]:

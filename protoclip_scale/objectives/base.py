@@ -71,7 +71,7 @@ class Objective(ABC):
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         """The unweighted loss of the local rows, a mean over them; equal batches per rank make the mean of ranks global."""
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 (most have no state)
         """Make the state as a run starts with it, a function of the recipe alone. Called before an episode is trained in a new process, and when what trains changes; a
         checkpoint's state is then copied over it. On the device ``meta`` its size is asked for."""
 
@@ -80,7 +80,7 @@ class Objective(ABC):
         ``objective/NAME/KEY``, and do not depend on the number of ranks: parts of the batch are groups of lanes, never ranks."""
         return {}
 
-    def advance(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> None:
+    def advance(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> None:  # noqa: B027
         """After a step that was taken, and not after a skipped one: change the state by what was gathered, which is the same on all ranks. Without gradient."""
 
     def soft_target_temperatures(self) -> dict[str, float]:

@@ -56,11 +56,17 @@ def _something_trains(recipe: Recipe) -> Iterator[str]:
             f"episodes.warmup {recipe.episodes.warmup} trains the contrastive loss alone, but objectives names none with a weight; "
             "add objectives.clip or set episodes.warmup to 0"
         )
-    elif not contrastive and recipe.episodes.lit:
+    elif recipe.episodes.lit and not [name for name in contrastive if not objective_module(name).build.stops_when_locked]:
         yield (
             f"episodes.lit.start {recipe.episodes.lit.start} ends with the contrastive loss alone, but objectives names none with a weight; "
             "add objectives.clip or set episodes.lit to null"
         )
+
+
+def _masked_texts_have_a_mask(recipe: Recipe) -> Iterator[str]:
+    for name in _weighted(recipe):
+        if not recipe.model.text.mask_token and objective_module(name).build(recipe.objectives[name], recipe).views.masked:
+            yield f"objectives.{name} masks tokens of the caption, but model.text.mask_token is false; set it to true, or the weight of {name} to 0"
 
 
 def _clustering_is_used(recipe: Recipe) -> Iterator[str]:
@@ -255,6 +261,7 @@ def _kept_checkpoints_exist(recipe: Recipe) -> Iterator[str]:
 
 RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _something_trains,
+    _masked_texts_have_a_mask,
     _clustering_is_used,
     _recorded_features_exist,
     _episode_clusterings_exist,

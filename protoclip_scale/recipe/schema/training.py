@@ -115,9 +115,9 @@ class Schedule(Section):
 
     total: str = Field(description="Length of the run: '100 episodes', '32 epochs' or '5000 steps'.")
     warmup_steps: int = Field(2000, ge=0, description="Steps of linear warm-up; less than the run's steps.")
-    warmup_lr: float = Field(0.0, ge=0, description="Learning rate at which the declip form starts.")
+    warmup_lr: float = Field(0.0, ge=0, description="Learning rate at which the forms declip and slip start.")
     final_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
-    form: Literal["protoclip", "declip"] = Field("protoclip", description="protoclip: lr (step+1)/warmup; declip: from warmup_lr to lr over warmup-1 steps, counted from 1.")
+    form: Literal["protoclip", "declip", "slip"] = Field("protoclip", description="protoclip: lr (step+1)/warmup; declip, slip: from warmup_lr to lr over warmup-1 steps; the cosine begins in the last of them (declip) or after the next (slip).")
 
     @field_validator("total", mode="before")
     @classmethod
@@ -128,8 +128,8 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _used(self):
-        if self.form != "declip" and self.warmup_lr:
-            raise ValueError("schedule.warmup_lr has an effect only with schedule.form declip; remove it or change the form")
+        if self.form == "protoclip" and self.warmup_lr:
+            raise ValueError("schedule.warmup_lr has an effect only with schedule.form declip or slip; remove it or change the form")
         return self
 
     def length(self) -> tuple[float, str]:
