@@ -21,21 +21,24 @@ from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.strategy import launch
 from protoclip_scale.engine.strategy.fsdp import FullySharded
 from protoclip_scale.engine.trainer import Trainer
-from protoclip_scale.objectives import build_objectives
+from protoclip_scale.objectives import build_objectives, views_of
 from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.recipe import Recipe, load_recipe
 from tests.support import RECIPES, TINY, TINY_PROTOTYPES, zero_environment
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-OBJECTIVES = ("clip", "prototype", "teacher")
+CLUSTERED = ("prototype", "teacher")
+OBJECTIVES = ("clip", *CLUSTERED, "simclr", "mlm")
+# what each further objective is tested with, beside the demo recipe's rows
+FAMILY = {"simclr": ("objectives={simclr: {hidden_dim: 32, dim: 16}}",), "mlm": ("objectives={mlm: {}}", "model.text.mask_token=true")}
 SPOOL = "strategies"
 
 
 def recipe_with(objective: str, *more: str) -> Recipe:
     """The demo recipe with one objective alone."""
-    if objective == "clip":
-        return load_recipe(RECIPES / "demo_clip.yaml", [*TINY, *more])
-    weights = [f"objectives.{name}.weight={float(name == objective)}" for name in OBJECTIVES]
+    if objective not in CLUSTERED:
+        return load_recipe(RECIPES / "demo_clip.yaml", [*TINY, *FAMILY.get(objective, ()), *more])
+    weights = [f"objectives.{name}.weight={float(name == objective)}" for name in ("clip", *CLUSTERED)]
     return load_recipe(RECIPES / "demo.yaml", [*TINY_PROTOTYPES, "episodes.warmup=0", *weights, *more])
 
 
@@ -89,7 +92,7 @@ def batches_of(recipe: Recipe, spool_folder: str, episode: int) -> EpisodeBatche
     """This rank's training batches of an episode in the spool."""
     plan = Plan(build_index(recipe.data), recipe.data.plan)
     lanes = lanes_of(collectives.rank(), collectives.world_size(), recipe.data.plan.lanes)
-    return EpisodeBatches(recipe.data, recipe.model.image.size, tokenizer_for(recipe.model.text), plan.episode(episode), Spool(spool_folder, SPOOL), lanes, "train", 0)
+    return EpisodeBatches(recipe.data, recipe.model.image.size, tokenizer_for(recipe.model.text), plan.episode(episode), Spool(spool_folder, SPOOL), lanes, "train", 0, views_of(build_objectives(recipe)))
 
 
 def saved(trainer: Trainer, folder: Path) -> checkpoint.Reader:

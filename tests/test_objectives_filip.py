@@ -98,7 +98,7 @@ def test_law_1_and_the_slow_twin():
 
 
 def objective(settings: str):
-    return build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.filip={settings}", "data.augmentation=declip"]))["filip"]
+    return build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.filip={settings}", "data.augmentation=declip", "data.plan.lanes=32"]))["filip"]
 
 
 def of_module(made):

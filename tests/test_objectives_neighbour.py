@@ -105,11 +105,11 @@ def test_equal_neighbours_are_no_negatives():
     assert neighbour_loss([images], [entries[ids]], SCALE, torch.arange(3)).item() > masked.item() + 0.1
 
 
-TINY_TEXT = "model.embed_dim=6"
+TINY = ("data.augmentation=declip", "data.plan.lanes=32", "model.embed_dim=6")
 
 
 def objective(settings: str):
-    made = build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.neighbour={settings}", "data.augmentation=declip", TINY_TEXT]))["neighbour"]
+    made = build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.neighbour={settings}", *TINY]))["neighbour"]
     made.prepare(torch.device("cpu"))
     return made
 

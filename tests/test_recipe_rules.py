@@ -21,6 +21,7 @@ schedule: {total: 5 episodes, warmup_steps: 2}
 CASES = {
     "clusters": (["prototypes.clusters=65"], ["prototypes.clusters 65", "larger than an episode", "data.plan.episode_size 64", "at most 64"], ["prototypes.clusters=64"]),
     "clusters of a rounded episode": (["data.plan.episode_size=79", "prototypes.clusters=70"], ["79 is 64 rows in whole batches"], ["prototypes.clusters=64"]),
+    "nothing to mask with": (["objectives.mlm={}"], ["objectives.mlm masks tokens", "model.text.mask_token is false"], ["model.text.mask_token=true"]),
     "uncut batches": (["run.allow_batchnorm_microbatches=true"], ["run.allow_batchnorm_microbatches true has no effect", "optim.microbatch null"], ["optim.microbatch=4"]),
     "all kept": (["run.keep_every_steps=4"], ["run.keep_every_steps 4 has no effect", "run.keep_checkpoints 0"], ["run.keep_checkpoints=1"]),
     "steps never saved": (

@@ -16,6 +16,7 @@ PROMISED = {
     "cc3m_clip_8gpu", "cc3m_clip_published_8gpu", "cc3m_protoclip_8gpu", "cc3m_protoclip_teacher_8gpu",
     "yfcc15m", "yfcc15m_clip", "yfcc15m_protoclip", "yfcc15m_clip_32k",
     "demo_teacher_online", "cc3m_teacher_online", "yfcc15m_teacher_online", "demo_image_teacher",
+    "demo_slip", "yfcc15m_slip",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def test_all_promised_recipes_ship():
 
 
 @pytest.mark.parametrize("names", [
-    ("demo_clip", "demo_protoclip", "demo", "demo_teacher_online", "demo_image_teacher"),
+    ("demo_clip", "demo_protoclip", "demo", "demo_teacher_online", "demo_image_teacher", "demo_slip"),
     ("yfcc15m_clip", "yfcc15m_protoclip", "yfcc15m", "yfcc15m_teacher_online"),
     ("cc3m_clip", "cc3m_protoclip", "cc3m_protoclip_teacher", "cc3m_teacher_online"),
     tuple(f"cc3m_{method}_8gpu" for method in ("clip", "protoclip", "protoclip_teacher")),
@@ -77,6 +78,11 @@ PUBLISHED = {
         "data.plan.episode_size": 2_500_000, "schedule.total": "8 epochs", "data.augmentation": "clip", "data.plan.global_batch": 64,
         "optim.lr": 5e-5, "schedule.warmup_steps": 2000, "prototypes": None, "model.norm_groups": 1, "optim.max_norm": 10,
     },
+    "yfcc15m_slip": {  # methods 2.2
+        "data.plan.global_batch": 4096, "schedule.total": "25 epochs", "schedule.form": "slip", "schedule.warmup_lr": 1e-6, "schedule.final_lr": 1e-5, "optim.lr": 3e-3,
+        "optim.weight_decay": 0.1, "optim.betas": (0.9, 0.98), "optim.eps": 1e-8, "optim.max_norm": None, "optim.precision": "fp16", "data.augmentation": "slip",
+        "data.caption": "random", "model.image.normalization": "imagenet", "model.embed_dim": 512, "model.norm_groups": 1, "model.logit_scale.minimum": 0.0,
+    },
     "cc3m_clip_published_8gpu": {
         "data.plan.episode_size": 2_500_000, "schedule.total": "32 epochs", "data.augmentation": "clip", "data.plan.global_batch": 512,
         "optim.lr": 5e-4, "schedule.warmup_steps": 15_625, "optim.max_norm": 80, "model.norm_groups": 8,
@@ -99,6 +105,11 @@ def test_published_losses(suffix: str):
     objectives = shipped(f"cc3m_protoclip_teacher{suffix}").objectives
     assert {name: settings.weight for name, settings in objectives.items()} == {"clip": 1, "prototype": 1, "teacher": 1}
     assert (objectives["prototype"].targets, objectives["prototype"].soft_temperature, objectives["prototype"].back_translation) == ("soft", 0.01, True)
+
+
+def test_published_branch_of_slip():
+    simclr = shipped("yfcc15m_slip").objectives["simclr"]
+    assert (simclr.weight, simclr.temperature, simclr.augmentation, simclr.hidden_dim, simclr.hidden_layers, simclr.dim) == (1, 0.1, "slip_ssl", 4096, 2, 256)
 
 
 def test_published_lengths():

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,8 +40,8 @@ class Loss:
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
     features: dict[str, torch.Tensor]
-    gathered: dict[str, torch.Tensor]
-    targets: Targets
+    gathered: dict[str, torch.Tensor] = field(default_factory=dict)
+    targets: Targets | None = None
 
 
 class Trainer:
@@ -74,6 +74,8 @@ class Trainer:
         refuse_batch_norm(model, self.recipe, collectives.world_size())
         self.trained = trained_parameters(model, self.recipe, self.objectives, episode)
         model.train_only(self.trained)
+        if self.recipe.optim.name not in self.strategy.optimizers:
+            raise UserError(f"optim.name {self.recipe.optim.name} does not go with {self.strategy.title}, which steps on flattened parts of weights; launch with launch/accelerate/ddp.yaml, or set it to adamw")
         if self.recipe.optim.compile_blocks:
             if not self.strategy.compiles:
                 raise UserError(f"optim.compile_blocks true does not go with {self.strategy.title}, whose hooks inside blocks cannot be compiled; set it to false, or launch with another of launch/accelerate/")

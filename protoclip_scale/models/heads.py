@@ -58,6 +58,9 @@ class Head:
     def __post_init__(self):
         assert self.in_parts or not {"image_tokens", "text_tokens", "labels"} & set(self.reads), "a head that reads tokens runs inside micro-batches"
 
+    def __deepcopy__(self, memo: dict) -> "Head":  # with a model: ``build`` may belong to an objective, whose state is not the model's
+        return self
+
     def part(self, kind: str) -> str:
         return self.name or f"{kind}_head"
 

@@ -14,6 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.open_clip_keys import State, below, text_from_open_clip, vision_from_transformers
+from protoclip_scale.models.scale import LogitScale
+from protoclip_scale.models.text import CLIP_VOCABULARY, MASK_ID, with_mask_row, without_mask_row
 from protoclip_scale.recipe import schema
 
 ReadRun = Callable[[Path], Mapping[str, torch.Tensor]]
@@ -144,6 +146,9 @@ def _check_activations(model: DualEncoder, settings: schema.Model, text: str, im
     trunk = model.image_tower.trunk
     if image is not None and isinstance(trunk, VisionTransformer) and isinstance(trunk.blocks[0].mlp.act, QuickGELU) != (image == "quick_gelu"):
         raise UserError(f"model.init_from: {settings.init_from} was trained with {image} in the image tower, {settings.image.name} has another activation; timm's names with quickgelu have quick_gelu")
+
+
+TOKENS = "text_tower.encoder.embeddings.token_embedding.weight"
 
 
 def _with_the_same_tokens(own: State, state: State) -> State:

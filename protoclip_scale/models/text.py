@@ -162,7 +162,7 @@ def _make_room_for_mask(encoder: CLIPTextModel) -> None:
     with torch.random.fork_rng(devices=[]):
         row = torch.empty_like(table[:1]).normal_(std=0.02)
     enlarged = nn.Embedding.from_pretrained(with_mask_row(table.detach(), row), freeze=False)
-    encoder.set_input_embeddings(enlarged)
+    encoder.embeddings.token_embedding = enlarged
     encoder.config.vocab_size = len(enlarged.weight)
 
 

@@ -131,11 +131,13 @@ def _episode_fits_the_epoch(recipe: Recipe) -> Iterator[str]:
         yield f"data.plan.episode_size {plan.episode_size} is larger than data.plan.epoch_rows {plan.epoch_rows}; use at most {plan.epoch_rows}, or more rows"
 
 
-def _norm_groups_divide_lanes(recipe: Recipe) -> Iterator[str]:
-    groups, lanes = recipe.model.norm_groups, recipe.data.plan.lanes
-    if lanes % groups:
-        usable = ", ".join(str(number) for number in range(1, lanes + 1) if lanes % number == 0)
-        yield f"model.norm_groups {groups} does not divide data.plan.lanes {lanes}; use one of {usable}, or other lanes"
+def _groups_divide_lanes(recipe: Recipe) -> Iterator[str]:
+    lanes = recipe.data.plan.lanes
+    groups_of = {"model.norm_groups": recipe.model.norm_groups} | {f"objectives.{name}.groups": getattr(recipe.objectives[name], "groups", 1) for name in _weighted(recipe)}
+    usable = ", ".join(str(number) for number in range(1, lanes + 1) if lanes % number == 0)
+    for key, groups in groups_of.items():
+        if lanes % groups:
+            yield f"{key} {groups} does not divide data.plan.lanes {lanes}; use one of {usable}, or other lanes"
 
 
 def _warmup_ends(recipe: Recipe) -> Iterator[str]:
@@ -267,7 +269,7 @@ RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _episode_clusterings_exist,
     _clusters_fit_the_episode,
     _episode_fits_the_epoch,
-    _norm_groups_divide_lanes,
+    _groups_divide_lanes,
     _warmup_ends,
     _episodes_in_order,
     _weights_from_one_place,

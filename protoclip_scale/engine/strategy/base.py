@@ -63,11 +63,13 @@ class Strategy(ABC):
 
     ``bare_model``: the model without wrappers, for its names, its mode and, inside ``evaluating``, for calls without gradient. ``whole``: every rank
     holds every weight, so the bare model may also be copied and called by one rank alone. ``compiles``: whether blocks of the model may be compiled before ``prepare``.
+    ``optimizers``: the values of ``optim.name`` it takes; only AdamW steps number by number on parts of flattened weights as it would on whole ones, in groups of one kind.
     """
 
     title: str
     whole = True
     compiles = True
+    optimizers = frozenset({"adamw"})
 
     def __init__(self, accelerator: "Accelerator", precision: Precision):
         self.accelerator = accelerator
@@ -78,7 +80,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, groups: Groups, settings: Optim) -> None:
-        """Take over a model whose weights are final, on the strategy's device, or without ``whole`` on the CPU, and make AdamW for ``groups`` (see
+        """Take over a model whose weights are final, on the strategy's device, or without ``whole`` on the CPU, and make the optimiser for ``groups`` (see
         ``parameter_groups``); what does not train is in no group and asks for no gradient. Called again, after ``release``, when what trains changes."""
 
     def release(self) -> None:
@@ -167,11 +169,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def optimizer_pieces(self) -> Iterator[Piece]:
-        """This rank's share of ``optimizer/NAME/exp_avg``, ``.../exp_avg_sq`` and ``.../step``; a parameter that has taken no step has none. Nothing is gathered."""
+        """This rank's share of ``optimizer/NAME/KEY``, with AdamW's keys exp_avg, exp_avg_sq and step; a parameter that has taken no step has none. Nothing is gathered."""
 
     @abstractmethod
     def load(self, reader: "Reader") -> None:
-        """Put AdamW's moments back after ``prepare``, whatever world size and strategy they come from; parameters without any start fresh. Weights are
+        """Put the optimiser's state back after ``prepare``, whatever world size and strategy they come from; parameters without any start fresh. Weights are
         loaded into the model before ``prepare``."""
 
 

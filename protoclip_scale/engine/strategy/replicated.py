@@ -10,8 +10,8 @@ from torch import nn
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
-from protoclip_scale.engine.optimizer import Groups, adamw_settings
-from protoclip_scale.engine.strategy.base import MOMENTS, Strategy, Update, spoilt_if_not_finite
+from protoclip_scale.engine.optimizer import OPTIMIZERS, Groups, make_optimizer, remember, remembered
+from protoclip_scale.engine.strategy.base import Strategy, Update, spoilt_if_not_finite
 from protoclip_scale.recipe.schema import Optim
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def distributed(model: nn.Module, device: torch.device) -> nn.parallel.Distribut
 class Replicated(Strategy):
     """One process, or DDP, which averages gradients while the backward pass runs."""
 
+    optimizers = frozenset(OPTIMIZERS)
+
     @property
     def title(self) -> str:
         return "DDP" if self.accelerator.num_processes > 1 else "single process"
@@ -39,7 +41,7 @@ class Replicated(Strategy):
         self.max_norm = settings.max_norm
         self.bare_model = model
         model.compute_dtype = self.precision.dtype
-        self.optimizer = torch.optim.AdamW(groups, **adamw_settings(settings), fused=True)
+        self.optimizer = make_optimizer(groups, settings)
         self.wrapped = distributed(model, self.device) if self.accelerator.num_processes > 1 else model
 
     def release(self) -> None:
@@ -84,19 +86,7 @@ class Replicated(Strategy):
         yield from replicated_views({f"model/{name}": tensor for name, tensor in self.bare_model.state_dict().items()})
 
     def optimizer_pieces(self) -> Iterator[Piece]:
-        tensors = {}
-        for name, parameter in self._named_parameters():
-            tensors |= {f"optimizer/{name}/{moment}": value for moment, value in self.optimizer.state.get(parameter, {}).items()}
-        yield from replicated_pieces(tensors)
-
-    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for group in self.optimizer.param_groups:
-            yield from zip(group["names"], group["params"], strict=True)
+        yield from replicated_pieces({f"optimizer/{name}": tensor for name, tensor in remembered(self.optimizer).items()})
 
     def load(self, reader: "Reader") -> None:
-        for name, parameter in self._named_parameters():
-            key = f"optimizer/{name}"
-            if f"{key}/step" in reader:
-                # whatever they are stored as: a model may train in float64
-                moments = {moment: reader.tensor(f"{key}/{moment}").to(parameter) for moment in MOMENTS}
-                self.optimizer.state[parameter] = {"step": reader.tensor(f"{key}/step").to(parameter.device), **moments}
+        remember(self.optimizer, lambda name: reader.tensor(f"optimizer/{name}") if f"optimizer/{name}" in reader else None)

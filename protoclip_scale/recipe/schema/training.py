@@ -87,12 +87,29 @@ class LayerDecay(Section):
         return self
 
 
-class Optim(Section):
-    """AdamW, precision and clipping."""
+class Sgd(Section):
+    """SGD with momentum for the text side: its tower, projection and heads (methods 3.3)."""
 
+    lr: float = Field(gt=0, description="Peak learning rate; it follows the schedule in proportion to optim.lr.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay, an L2 term of the gradient; none where AdamW would have none.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum.")
+    nesterov: bool = Field(False, description="Nesterov's form of momentum.")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self):
+        if self.nesterov and not self.momentum:
+            raise ValueError("optim.sgd.nesterov true has no effect with optim.sgd.momentum 0; raise the momentum or remove it")
+        return self
+
+
+class Optim(Section):
+    """AdamW or another optimiser, precision and clipping."""
+
+    name: Literal["adamw", "adamw_sgd", "lamb"] = Field("adamw", description="adamw; adamw_sgd: AdamW, and SGD for the text side, as in DeCLIP's paper; lamb: LAMB, as in FILIP's. The last two train in one process or under DDP.")
     lr: float = Field(gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay rates.")
-    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
+    sgd: Sgd | None = Field(None, description="The text side's optimiser, for name adamw_sgd.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="Decay rates of AdamW and LAMB.")
+    eps: float = Field(1e-6, gt=0, description="Epsilon of AdamW and LAMB.")
     weight_decay: float = Field(0.2, ge=0, description="Decoupled weight decay; none for gains, biases, batch norm, logit scales and prototype heads.")
     max_norm: float | None = Field(None, gt=0, description="Gradients are clipped to this total norm; null never clips.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Towers' arithmetic; weights and losses stay fp32. fp16 scales the loss dynamically and needs a GPU.")
@@ -108,6 +125,14 @@ class Optim(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"optim.betas {list(betas)}: each must be at least 0 and less than 1")
         return betas
+
+    @model_validator(mode="after")
+    def _text_side_has_its_settings(self):
+        if self.name == "adamw_sgd" and self.sgd is None:
+            raise ValueError("optim.name adamw_sgd needs optim.sgd with a learning rate; DeCLIP's paper has {lr: 0.02, weight_decay: 1e-4}")
+        if self.name != "adamw_sgd" and self.sgd is not None:
+            raise ValueError(f"optim.sgd has no effect with optim.name {self.name}; remove it, or set name to adamw_sgd")
+        return self
 
 
 class Schedule(Section):
