@@ -139,7 +139,7 @@ def test_law_1_of_the_module_over_steps(settings):
         made = objective(settings)
         losses = [step(made, features(seed), world) for seed in range(5)]
         found.append([torch.stack(losses), *made.state().values()])
-    assert all(torch.allclose(one, other, rtol=1e-6) for each in found[1:] for one, other in zip(each, found[0], strict=True))
+    assert all(torch.allclose(one, other, rtol=1e-5) for each in found[1:] for one, other in zip(each, found[0], strict=True))
     assert found[0][0][1:].min() > 0 and (found[0][0][0] > 0) == ("random" in settings), "an empty queue gives zero"
 
 

@@ -12,7 +12,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.models.heads import Head, temperature
 from protoclip_scale.objectives.base import Objective, Targets
 from protoclip_scale.objectives.late_interaction import Tokens, late_cross_entropy, present
-from protoclip_scale.objectives.multiview import main_text
+from protoclip_scale.objectives.multiview import main_text, two_views
 from protoclip_scale.objectives.neighbour import group_size
 from protoclip_scale.objectives.selection import highest_scores, keep_best, kept_tokens, own_scores
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
@@ -105,11 +105,8 @@ class LateInteraction(Objective):
         self.needs = frozenset({"filip_scale"}).union(*self._pairs)
         self._key_names = self._pairs if settings.keeps_all else [(f"filip_image_keys_{number}", f"filip_text_keys_{number}") for number in range(len(self._pairs))]
         self.gathers = tuple(dict.fromkeys(name for names in self._key_names for name in names))
-        self.views = Views(
-            {"second": recipe.data.augmentation} if settings.further_views else {},
-            {"eda": "eda"} if settings.further_views else {},
-            ("masked",) if settings.masked_text else (),
-        )
+        masked = ("masked",) if settings.masked_text else ()
+        self.views = two_views(recipe, settings.masked_text) if settings.further_views else Views(masked=masked)
 
     def heads(self) -> dict[str, Head]:
         settings = self.settings

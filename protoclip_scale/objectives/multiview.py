@@ -29,9 +29,9 @@ def main_text(masked: bool) -> str:
     return "text@masked" if masked else "text"
 
 
-def text_views(masked: bool) -> Views:
-    """Both texts of DeCLIP's objectives, and the second image view."""
-    return Views(texts={"eda": "eda"}, masked=("masked",) if masked else ())
+def two_views(recipe: Recipe, masked: bool) -> Views:
+    """Beside the main ones: an image with the same augmentation, a text edited by EDA, and the masked text if it is to stand for the main one."""
+    return Views({"second": recipe.data.augmentation}, {"eda": "eda"}, ("masked",) if masked else ())
 
 
 def multiview_terms(
@@ -70,8 +70,7 @@ class Multiview(Objective):
         self._texts = (main_text(settings.masked_text), "text@eda")
         self.needs = frozenset({*IMAGES, *self._texts, "logit_scale"})
         self.gathers = (*IMAGES, *self._texts)
-        texts = text_views(settings.masked_text)
-        self.views = Views({"second": recipe.data.augmentation}, texts.texts, texts.masked)
+        self.views = two_views(recipe, settings.masked_text)
 
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         views = ([source[name] for name in names] for source in (features, gathered) for names in (IMAGES, self._texts))

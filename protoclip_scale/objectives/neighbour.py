@@ -4,12 +4,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch.nn import functional as F
 
-from protoclip_scale.data.views import Views
 from protoclip_scale.errors import UserError
 from protoclip_scale.objectives.base import Objective, Targets
 from protoclip_scale.objectives.feature_queue import nearest, push
-from protoclip_scale.objectives.multiview import IMAGES, main_text
+from protoclip_scale.objectives.multiview import IMAGES, main_text, two_views
 from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 from protoclip_scale.recipe.schema.section import Positive
@@ -57,7 +57,7 @@ class NearestNeighbour(Objective):
         self._texts = (main_text(settings.masked_text), "text@eda")
         self.needs = frozenset({*IMAGES, *self._texts, "logit_scale"})
         self.gathers_constant = (*self._texts, *(f"neighbour_{what}_{number}" for number in range(2) for what in ("rows", "places")))
-        self.views = Views({"second": recipe.data.augmentation}, {"eda": "eda"}, ("masked",) if settings.masked_text else ())
+        self.views = two_views(recipe, settings.masked_text)
 
     def prepare(self, device: torch.device) -> None:
         settings, width = self.settings, self.recipe.model.embed_dim
@@ -66,7 +66,7 @@ class NearestNeighbour(Objective):
         self._pushed = torch.zeros(1, dtype=torch.int64, device="meta" if device.type == "meta" else "cpu")
         if settings.start == "random" and device.type != "meta":
             draws = torch.Generator().manual_seed(self.recipe.run.seed)
-            self._entries.copy_(torch.nn.functional.normalize(torch.randn(self._entries.shape, generator=draws), dim=2))
+            self._entries.copy_(F.normalize(torch.randn(self._entries.shape, generator=draws), dim=2))
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"entries": self._entries, "pushed": self._pushed}
