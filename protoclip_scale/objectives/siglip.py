@@ -39,7 +39,7 @@ class _SigmoidLoss(torch.autograd.Function):
                 tile = slice(start, start + step)
                 queries, partners = rows[tile] * scale, partners_B[tile, None]
                 logits = torch.addmm(bias.to(dtype), queries, columns.T)
-                loss += F.softplus(logits).sum() - logits.gather(1, partners).sum()
+                loss -= F.logsigmoid(-logits).sum() + logits.gather(1, partners).sum()
                 if not wanted:
                     continue
                 slopes = logits.sigmoid_().scatter_add_(1, partners, logits.new_full(partners.shape, -1.0))
