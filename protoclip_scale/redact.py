@@ -70,7 +70,7 @@ def redacted(value: Any, key: str = "") -> Any:
         return {name: redacted(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item, key) for item in value]
-    if value is not None and _SECRET_KEY.search(key):
+    if not (value is None or isinstance(value, bool)) and _SECRET_KEY.search(key):  # a switch such as mask_token holds no secret
         return STARS
     return redact_text(value) if isinstance(value, str) else value
 

@@ -111,7 +111,7 @@ def test_activations_follow_micro_batches_and_checkpointing():
     """All rows of both towers; in micro-batches those of the larger tower alone. Recomputed blocks keep their inputs, and one block's activations stand beside them."""
     recipe, objectives, counted = model_cost()
     image, text = counted.towers["image"], counted.towers["text"]
-    outputs = 64 * (counted.heads + 2 * 4 * 32)
+    outputs = 64 * (sum(counted.heads.values()) + 2 * 4 * 32)
 
     def activations(**changes) -> int:
         changed = recipe.model_copy(update={"optim": recipe.optim.model_copy(update=changes)})

@@ -19,7 +19,8 @@ from tests.support import RECIPES, TINY, spawn
 FEATURES = frozenset({"image", "text", "logit_scale"})
 SPLIT = ("optim.name=adamw_sgd", "optim.sgd={lr: 0.02, weight_decay: 0.3, momentum: 0.8}")
 LAMB = ("optim.name=lamb",)
-COMMON = ("optim.max_norm=null", "optim.weight_decay=0.5", "optim.eps=1e-3", "optim.lr=1e-2")
+# a tower without kinks, so that rounding, which differs with the number of ranks, stays small
+COMMON = ("model.image.name=test_convnext", "optim.max_norm=null", "optim.weight_decay=0.5", "optim.eps=1e-3", "optim.lr=1e-2")
 RATES = ({"visual": 1e-2, "other": 1e-2}, {"visual": 5e-3, "other": 4e-3}, {"visual": 1e-3, "other": 2e-3})
 
 
@@ -84,10 +85,11 @@ def test_steps_are_those_of_the_libraries_also_through_a_checkpoint(spool_folder
     whole = spawn(trained, 1, spool_folder, str(tmp_path / "one"), values, None)[0]
     for name, tensor in expected.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    resumed = spawn(trained, 2, spool_folder, str(tmp_path / "two"), values, 2)
-    for found in resumed:
+    resumed = spawn(trained, 1, spool_folder, str(tmp_path / "again"), values, 2)[0]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    for found in spawn(trained, 2, spool_folder, str(tmp_path / "two"), values, 2):
         for name, tensor in whole.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_sharded_strategies_refuse_them():

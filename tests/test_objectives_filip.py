@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from protoclip_scale.errors import UserError
 from protoclip_scale.models.heads import Widths
 from protoclip_scale.objectives import build_objectives
 from protoclip_scale.objectives.base import Targets
 from protoclip_scale.objectives.filip import ImageTokens, TextTokens, filip_loss
 from protoclip_scale.objectives.late_interaction import Tokens, late_similarities
 from protoclip_scale.objectives.selection import highest_scores, keep_best, kept_tokens, own_scores
-from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import load_recipe
 from tests.losses import angles, assert_law_1, difference, gradients, number, over_ranks, unit_rows
 from tests.support import RECIPES

@@ -66,7 +66,7 @@ def test_law_1(variant):
     ("{}", "text", (), sum(FOUR[1:]) / 3),
 ])  # fmt: skip
 def test_module_asks_for_its_views(settings, text, masked, expected):
-    recipe = load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.multiview={settings}", "data.augmentation=declip"])
+    recipe = load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.multiview={settings}", "data.augmentation=declip", "model.text.mask_token=true"])
     objective = build_objectives(recipe)["multiview"]
     assert (objective.views.images, objective.views.texts, objective.views.masked) == ({"second": "declip"}, {"eda": "eda"}, masked)
     rows = {"image": U1, "image@second": U2, text: T1, "text@eda": T2}

@@ -74,7 +74,7 @@ def figures_of_scores(scores_of_images: Scores, scores_of_captions: Scores, num_
         "text_to_image": text_to_image_counts(scores_of_captions, caption_image, num_images, asking[caption_image].nonzero()[:, 0]),
     }
     figures = {f"{direction}/R@{k}": hit_probability(*counts, k).mean().item() for direction, counts in directions.items() for k in RECALLS}
-    captions_of = torch.bincount(caption_image, minlength=len(images))[queries]
+    captions_of = torch.bincount(caption_image, minlength=num_images)[queries]
     nothing = torch.zeros_like(captions_of)
     by_captions = [hit_probability(nothing, len(caption_image) - captions_of, captions_of, k).mean().item() for k in RECALLS]
     by_images = [min(1.0, k / num_images) for k in RECALLS]
