@@ -49,6 +49,12 @@ def accuracy_figures(correct: torch.Tensor, targets: torch.Tensor) -> dict[str, 
     return {"top1": correct.double().mean().item(), "class_mean": (sums[counts > 0] / counts[counts > 0]).mean().item()}
 
 
+def shared_hits(scores: torch.Tensor, targets: torch.Tensor, tolerance: float = TOLERANCE) -> torch.Tensor:
+    """[n] float64: whether the class with the highest of the ``scores`` [n, C] is the right one; 1/k of a hit where k classes are level at the top."""
+    at_top = scores >= scores.amax(1, keepdim=True) - tolerance
+    return at_top.gather(1, targets[:, None])[:, 0].double() / at_top.sum(1)
+
+
 def constant_accuracy(targets: torch.Tensor) -> float:
     """The accuracy of the best constant answer, the share of the largest class; ``targets`` [n] int64."""
     return torch.bincount(targets).max().item() / len(targets)
@@ -62,7 +68,5 @@ def zero_shot_figures(images: torch.Tensor, class_rows: torch.Tensor, targets: t
     answer, ``classes`` the number of classes, ``n`` that of rows. Accuracies are shares in [0, 1].
     """
     images, targets = images[targets >= 0], targets[targets >= 0]
-    cosines = images @ class_rows.T
-    at_top = cosines >= cosines.amax(1, keepdim=True) - TOLERANCE
-    correct = at_top.gather(1, targets[:, None])[:, 0].double() / at_top.sum(1)
+    correct = shared_hits(images @ class_rows.T, targets)
     return {**accuracy_figures(correct, targets), "constant": constant_accuracy(targets), "classes": len(class_rows), "n": len(targets)}

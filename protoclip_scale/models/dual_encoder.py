@@ -33,6 +33,7 @@ USERS = {
     "prototype_logit_scale": {"prototype_scale"},
 }
 FEATURES = frozenset().union(*USERS.values())
+BEFORE_THE_EMBEDDING = frozenset({"image_projected", "image_pooled"})  # what any model gives of images, beside their embeddings, to who evaluates it
 
 
 class ParameterGroup(NamedTuple):
@@ -49,7 +50,7 @@ class DualEncoder(nn.Module):
 
     ``forward`` computes the wanted features in fp32 (fp64 for fp64 weights), whatever autocast runs the towers in:
     ``image``, ``text`` unit rows [B, embed_dim]; ``image_prototype``, ``text_prototype`` unit rows [B, P], from the un-normalised
-    projected outputs; ``logit_scale``, ``prototype_scale`` (1,). Projections are linear without bias, except where timm's
+    projected outputs; ``logit_scale``, ``prototype_scale`` (1,); beside ``image``, the un-normalised ``image_projected`` and the tower's own ``image_pooled``. Projections are linear without bias, except where timm's
     model ends in its own (``ImageTower.ends_in_projection``). Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
 
     ``compiled``: whether blocks have been compiled in place. ``compute_dtype``, if it is set, is what autocast runs the towers in. Everything that reads weights goes through ``forward``: where ranks hold
@@ -64,8 +65,8 @@ class DualEncoder(nn.Module):
         image_tower = ImageTower(model.image, pretrained)
         self.image_tower = convert_batch_norm(image_tower, model.norm_groups)
         self.text_tower = TextTower(model.text, pretrained)
-        self.image_projection = _projection(image_tower.num_features, model.embed_dim, image_tower.ends_in_projection)
-        self.text_projection = _projection(self.text_tower.num_features, model.embed_dim, False)
+        self.image_projection = _projection(image_tower.num_features, model.embed_dim)
+        self.text_projection = _projection(self.text_tower.num_features, model.embed_dim)
         self.logit_scale = LogitScale(model.logit_scale)
         # after the towers, so that these start alike with and without heads
         if features & {"image_prototype", "text_prototype"}:
@@ -92,7 +93,7 @@ class DualEncoder(nn.Module):
         are not wanted besides are computed without gradient, so that their heads need not train. Inputs that nothing asks for may be None.
         Towers take at most ``microbatch`` rows at once (see ``in_microbatches``), heads all. ``token_lengths`` may lie on the CPU in any case.
         """
-        known = self.features | {"image", "text"}
+        known = self.features | {"image", "text"} | BEFORE_THE_EMBEDDING
         assert wants | records <= known, f"wanted {set((wants | records) - known)} which the model was not built for"
         with self._autocast((token_ids if images is None else images).device):
             return self._features(images, token_ids, token_lengths, wants, records, microbatch)
@@ -109,7 +110,13 @@ class DualEncoder(nn.Module):
             prototype, asked = f"{side}_prototype", wants | records
             if not asked & {side, prototype}:
                 continue
-            projected = self._projected(side, microbatch, *inputs)
+            if side == "image" and "image_pooled" in wants:
+                outputs["image_pooled"] = self._pooled_image(images)
+                projected = _in_full_precision(self.image_projection, outputs["image_pooled"])
+            else:
+                projected = self._projected(side, microbatch, *inputs)
+            if side == "image" and "image_projected" in wants:
+                outputs["image_projected"] = projected
             if side in wants:
                 outputs[side] = F.normalize(projected, dim=-1)
             if prototype in asked:
@@ -182,11 +189,9 @@ class DualEncoder(nn.Module):
         return [name for name, _ in self.named_parameters() if name.split(".")[0] in parts]
 
 
-def _projection(in_dim: int, out_dim: int, bias: bool) -> nn.Linear:
-    linear = nn.Linear(in_dim, out_dim, bias=bias)
+def _projection(in_dim: int, out_dim: int) -> nn.Linear:
+    linear = nn.Linear(in_dim, out_dim, bias=False)
     nn.init.normal_(linear.weight, std=in_dim**-0.5)
-    if bias:
-        nn.init.zeros_(linear.bias)
     return linear
 
 

@@ -17,8 +17,8 @@ class ImageTower(nn.Module):
 
     The trunk is built as open_clip's TimmModel builds it: from the name alone, classifier removed; only towers whose position
     embeddings are made for one size (``fixed_size``) are told another ``settings.size``. ``ends_in_projection`` is true where
-    timm's classifier is the model's own projection (CLIP's attention pools, models with a hidden layer behind the pooling):
-    such projections have a bias, all others none. Tokens of a convolutional trunk are the places of its last map, row by row;
+    timm's classifier is the model's own projection (CLIP's attention pools, models with a hidden layer behind the pooling).
+    ``arguments`` are what timm was told besides the name. Tokens of a convolutional trunk are the places of its last map, row by row;
     a transformer's begin with ``num_prefix_tokens`` class or register tokens.
 
     Extra tokens [B, E, width] with a mask [B, E] (true: attended to) join a vision transformer behind the position
@@ -33,8 +33,9 @@ class ImageTower(nn.Module):
         trunk = _create(settings.name, pretrained)
         self.fixed_size = hasattr(trunk, "set_input_size")
         self.own_size = settings.size == trunk.pretrained_cfg["input_size"][-1]
-        if self.fixed_size and not self.own_size:
-            trunk = _create(settings.name, pretrained, img_size=settings.size)
+        self.arguments = {"img_size": settings.size} if self.fixed_size and not self.own_size else {}
+        if self.arguments:
+            trunk = _create(settings.name, pretrained, **self.arguments)
         self.pooling = getattr(trunk, "global_pool", None) if isinstance(getattr(trunk, "global_pool", None), str) else "avg"
         trunk.reset_classifier(0)
         self.trunk = trunk

@@ -20,7 +20,7 @@ from protoclip_scale.engine.checkpoint.manifest import SCHEMA, WHOLE, write_mani
 from protoclip_scale.engine.checkpoint.pieces import WEIGHTS, Piece
 from protoclip_scale.engine.checkpoint.reading import Reader
 from protoclip_scale.engine.checkpoint.retention import remove
-from protoclip_scale.engine.checkpoint.shards import Entry, Shard, write_shard
+from protoclip_scale.tensor_files import Entry, Shard, write_shard
 from protoclip_scale.engine.disk import disk_problem
 from protoclip_scale.engine.faults import event
 from protoclip_scale.errors import UserError

@@ -1,0 +1,94 @@
+"""What is exported: a model whose weights are read one at a time, from memory or from a checkpoint."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from protoclip_scale.models.dual_encoder import DualEncoder
+from protoclip_scale.models.text import TextTower
+from protoclip_scale.recipe import schema
+
+FEATURES = frozenset({"image", "text", "logit_scale"})
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Probe(NamedTuple):
+    """Made-up inputs on which both models are compared: float images [2, 3, S, S], token ids [2, C] and their lengths [2]."""
+
+    images: torch.Tensor
+    token_ids: torch.Tensor
+    lengths: torch.Tensor
+
+
+class Embeddings(NamedTuple):
+    """Unit rows [2, embed_dim] of a probe."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+
+
+class Source(NamedTuple):
+    """``structure``: the model, perhaps without values (on the meta device); ``read``: one of its tensors by its name; ``embed``: the model's embeddings of a
+    probe, its weights rounded to a dtype as files of that dtype round them."""
+
+    settings: schema.Model
+    structure: DualEncoder
+    read: Callable[[str], torch.Tensor]
+    embed: Callable[[Probe, torch.dtype], Embeddings]
+
+
+def source_of_model(model: DualEncoder, settings: schema.Model) -> Source:
+    """A model in memory; it is not changed. Costs a second copy of it while files of another dtype than float32 are checked."""
+    state = model.state_dict()
+
+    def embed(probe: Probe, dtype: torch.dtype) -> Embeddings:
+        training = model.training
+        kept = {} if dtype == torch.float32 else {name: tensor.clone() for name, tensor in state.items()}
+        round_weights(model, dtype)
+        try:
+            return embeddings_of(model.eval(), probe)
+        finally:
+            model.load_state_dict(kept, strict=False)
+            model.train(training)
+
+    return Source(settings, model, lambda name: state[name].detach(), embed)
+
+
+def structure_of(settings: schema.Model) -> DualEncoder:
+    """The model without any values: a second or two, no memory."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return DualEncoder(settings, FEATURES, pretrained=False).eval()
+
+
+def stays_float32(name: str) -> bool:
+    """Of our names: running statistics, which may be beyond float16, and temperatures, whose rounding would show in every logit."""
+    return name.endswith(("running_mean", "running_var", "logit_scale.log"))
+
+
+@torch.no_grad()
+def round_weights(model: DualEncoder, dtype: torch.dtype) -> None:
+    """To what files of this dtype hold, in place."""
+    for name, tensor in model.state_dict().items():
+        if dtype != torch.float32 and tensor.is_floating_point() and not stays_float32(name):
+            tensor.copy_(tensor.to(dtype))
+
+
+@torch.no_grad()
+def embeddings_of(model: DualEncoder, probe: Probe) -> Embeddings:
+    device = next(model.parameters()).device
+    image = model.encode_image(probe.images.to(device))
+    return Embeddings(image.cpu().float(), model.encode_text(probe.token_ids.to(device), probe.lengths).cpu().float())
+
+
+def made_up(settings: schema.Model, tower: TextTower) -> Probe:
+    """Seeded noise, and token ids of a full row and a shorter one."""
+    draws = torch.Generator().manual_seed(0)
+    config, context_length, size = tower.encoder.config, settings.text.context_length, settings.image.size
+    images = torch.randn(2, 3, size, size, generator=draws)
+    lengths = torch.tensor([context_length, max(2, context_length // 2)])
+    ids = torch.randint(1, config.vocab_size - 2, (2, context_length), generator=draws)
+    ids[ids == config.pad_token_id] += 1
+    if tower.causal:
+        ids[torch.arange(2), lengths - 1] = config.vocab_size - 1  # the end token has the largest id, which open_clip pools by
+    return Probe(images, ids.masked_fill(torch.arange(context_length) >= lengths[:, None], config.pad_token_id), lengths)
