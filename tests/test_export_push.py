@@ -85,7 +85,7 @@ def test_a_killed_push_goes_on_and_ends_complete(hub, export, tmp_path):
     assert again == sent[-1:]  # the large file is not sent a second time
     assert arrived(hub) == visible(export)
     created = json.loads((hub.root / "repos.json").read_text())[REPO]
-    assert created["visibility"] == "private" and created["type"] == "model"
+    assert created["visibility"] == "private"
     assert TOKEN not in done.stdout + done.stderr and "done: http://" in done.stdout
 
 

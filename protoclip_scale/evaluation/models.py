@@ -14,7 +14,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.others import open_clip_model, preprocessing_of_open_clip, transformers_model
 from protoclip_scale.evaluation.pixels import Preprocessing
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
-from protoclip_scale.models.build import load_open_clip_export
+from protoclip_scale.models.build import load_export
 from protoclip_scale.models.transformers_folder import form_of
 from protoclip_scale.recipe import schema
 
@@ -58,6 +58,8 @@ def load_any(spec: str, checkpoint: str = "latest", weights: str | None = None) 
         yield _of_export(folder)
     elif folder.is_dir() and form_of(folder) in ("clip", "dual_encoder"):
         yield Candidate(folder.name, *transformers_model(str(folder)))
+    elif folder.is_dir() and form_of(folder):  # two towers in folders of their own, which no class of transformers holds
+        yield _ours(folder, *load_export(folder))
     else:
         what = "is neither a run directory (no checkpoints/) nor an export (no open_clip_config.json, no config.json of a CLIP)" if folder.is_dir() else "does not exist"
         raise UserError(f"--model {spec} {what}; name {KINDS}")
@@ -88,9 +90,13 @@ def _of_export(folder: Path) -> Candidate:
     known = tuple(config.get("preprocess_cfg", {}).get("mean", NORMALIZATION["clip"][0])) in {tuple(mean) for mean, _ in NORMALIZATION.values()}
     if not timm_tower or not known:
         return Candidate(folder.name, *open_clip_model(f"local-dir:{folder}"))
-    settings, model = load_open_clip_export(folder)
+    settings, model = load_export(folder)
     preprocessing = preprocessing_of_open_clip({**config.get("preprocess_cfg", {}), "size": settings.image.size}, str(folder))
-    return Candidate(folder.name, model, preprocessing, tokenizer_for(settings.text))
+    return _ours(folder, settings, model)._replace(preprocessing=preprocessing)
+
+
+def _ours(folder: Path, settings: schema.Model, model: torch.nn.Module) -> Candidate:
+    return Candidate(folder.name, model, _own_preprocessing(settings.image), tokenizer_for(settings.text))
 
 
 def _of_open_clip(name: str, tag: str) -> Candidate:

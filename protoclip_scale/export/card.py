@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from protoclip_scale.export.snippets import snippets_of
+from protoclip_scale.export.source import without_folder
 from protoclip_scale.recipe import schema
 from protoclip_scale.report.evaluation_table import evaluation_rows
 
@@ -40,6 +41,7 @@ class Facts(NamedTuple):
 
 def write_card(facts: Facts, layout: str, folder: Path) -> str:
     """Markdown with YAML front matter. ``folder``: the export's other files, which the lines of code are written for."""
+    facts = facts._replace(settings=without_folder(facts.settings))
     parts = [f"---\n{yaml.safe_dump(_front_matter(facts, layout), sort_keys=False)}---", f"# {facts.name}", _summary(facts, layout)]
     parts += ["## Use", _use(facts, layout, folder), "## Data", _data(facts)]
     parts += ["## Training", _table(("", ""), list(facts.training.items())), "## Evaluation", _evaluation(facts), "## Limitations", _limitations(facts)]

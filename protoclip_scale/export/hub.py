@@ -44,9 +44,8 @@ def push(folder: Path, repo: str, private: bool, dry_run: bool) -> Iterator[str]
 
 
 def _sent(api: "HfApi", folder: Path, repo: str, names: list[str], private: bool) -> Iterator[str]:
-    import httpx
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     again = "give the same command again to go on"
     try:
@@ -63,7 +62,7 @@ def _sent(api: "HfApi", folder: Path, repo: str, names: list[str], private: bool
         status = error.response.status_code
         fix = "the token has no right to write there: make one with write access, or name your own organisation" if status in (401, 403) else again
         raise UserError(f"--push {repo}: the Hub answered {status} ({_one_line(error)}); {fix}") from error
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--push {repo}: interrupted ({_one_line(error) or type(error).__name__}); {again}") from error
 
 

@@ -1,6 +1,7 @@
 """What is exported: a model whose weights are read one at a time, from memory or from a checkpoint."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,12 @@ def structure_of(settings: schema.Model) -> DualEncoder:
     """The model without any values: a second or two, no memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return DualEncoder(settings, FEATURES, pretrained=False).eval()
+
+
+def without_folder(settings: schema.Model) -> schema.Model:
+    """The settings to publish: a text encoder that is a folder of this machine keeps its last name alone."""
+    name = Path(settings.text.name).name if Path(settings.text.name).exists() else settings.text.name
+    return settings.model_copy(update={"text": settings.text.model_copy(update={"name": name}), "init_from": None})
 
 
 def stays_float32(name: str) -> bool:

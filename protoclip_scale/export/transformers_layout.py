@@ -5,6 +5,7 @@ a TimmWrapperModel and CLIP's text tower. ``folders``: ``image/`` and ``text/``,
 class that pools other text encoders as ours do.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def _text_plan(structure: DualEncoder) -> Plan:
 
 
 def _save_config(config: Any, architecture: str, dtype: str, folder: Path) -> None:
-    config.architectures, config.dtype = [architecture], getattr(torch, dtype)
+    config.architectures, config.dtype, config._name_or_path = [architecture], getattr(torch, dtype), ""  # no folder of this machine
     config.save_pretrained(folder)
 
 
@@ -170,7 +171,7 @@ def _write_folders(source: Source, folder: Path, dtype: str) -> dict[str, Plan]:
         (folder / part).mkdir()
     _save_config(_wrapper_config(settings, structure), "TimmWrapperModel", dtype, folder / IMAGE)
     _image_processor(settings.image).save_pretrained(folder / IMAGE)
-    _save_config(encoder.config, type(encoder).__name__, dtype, folder / TEXT)
+    _save_config(copy.deepcopy(encoder.config), type(encoder).__name__, dtype, folder / TEXT)
     tokenizer_for(settings.text).save(folder / TEXT)
     pooling = {"word_embedding_dimension": structure.text_tower.num_features} | {f"pooling_mode_{mode}": kind == structure.text_tower.pooling for kind, mode in POOLING_MODES.items()}
     publish_json(folder / TEXT / "1_Pooling" / "config.json", pooling)

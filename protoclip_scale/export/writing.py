@@ -11,7 +11,7 @@ import torch
 from protoclip_scale.errors import UserError
 from protoclip_scale.export import open_clip_layout, transformers_layout
 from protoclip_scale.export.manifest import check_files, write_manifest
-from protoclip_scale.export.source import DTYPES, Embeddings, Probe, Source, made_up, source_of_model, structure_of
+from protoclip_scale.export.source import DTYPES, Embeddings, Probe, Source, made_up, source_of_model, structure_of, without_folder
 from protoclip_scale.export.tensors import Plan, compare_tensors, write_tensors
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.open_clip_keys import Made
@@ -82,7 +82,7 @@ def export(source: Source, layout: str, folder: str | Path, dtype: str = "float3
             digests[PROTOTYPES] = write_tensors(draft / PROTOTYPES, _as_they_are(kept), kept, kept.__getitem__, torch.float32)
         if extras.card:
             (draft / CARD).write_text(extras.card(layout, draft), encoding="utf-8")
-        about = {"layout": layout, "dtype": dtype, "model": settings.model_dump(mode="json", exclude={"init_from", "frozen"}), "origin": extras.origin or {}}
+        about = {"layout": layout, "dtype": dtype, "model": without_folder(settings).model_dump(mode="json", exclude={"init_from", "frozen"}), "origin": extras.origin or {}}
         write_manifest(draft, about, digests)
         _compare(source, layout, draft, DTYPES[dtype])
         if folder.exists():

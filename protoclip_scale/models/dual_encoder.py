@@ -50,8 +50,8 @@ class DualEncoder(nn.Module):
 
     ``forward`` computes the wanted features in fp32 (fp64 for fp64 weights), whatever autocast runs the towers in:
     ``image``, ``text`` unit rows [B, embed_dim]; ``image_prototype``, ``text_prototype`` unit rows [B, P], from the un-normalised
-    projected outputs; ``logit_scale``, ``prototype_scale`` (1,); beside ``image``, the un-normalised ``image_projected`` and the tower's own ``image_pooled``. Projections are linear without bias, except where timm's
-    model ends in its own (``ImageTower.ends_in_projection``). Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
+    projected outputs; ``logit_scale``, ``prototype_scale`` (1,); beside ``image``, the un-normalised ``image_projected`` and the tower's own ``image_pooled``. Projections are linear without bias, so
+    that every layout of an export holds them. Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
 
     ``compiled``: whether blocks have been compiled in place. ``compute_dtype``, if it is set, is what autocast runs the towers in. Everything that reads weights goes through ``forward``: where ranks hold
     parts of them, they are put together by its hooks.

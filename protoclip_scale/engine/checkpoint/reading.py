@@ -8,9 +8,9 @@ import torch
 from protoclip_scale import collectives
 from protoclip_scale.engine.checkpoint.finding import find
 from protoclip_scale.engine.checkpoint.pieces import WEIGHTS
-from protoclip_scale.tensor_files import Shard
 from protoclip_scale.errors import UserError
 from protoclip_scale.shared_files import once_seen
+from protoclip_scale.tensor_files import Shard
 
 _OPEN_FILES = 128
 

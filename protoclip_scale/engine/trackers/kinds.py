@@ -47,7 +47,7 @@ def _wandb(opening: Opening) -> Opened:
     """Its id is ours. Without a console, code, command line and host: they may carry secrets. WANDB_MODE and WANDB_BASE_URL say where to."""
     import wandb
 
-    settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_meta=True, x_disable_machine_info=True)
+    settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_meta=True, x_disable_machine_info=True, host="not recorded")
     if wandb.setup(settings).settings.mode == "online" and not wandb.login(prompt=False):
         raise RuntimeError("no key: set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline")
     tracker = WandBTracker(opening.project, id=opening.run_id, name=opening.name, resume="allow", dir=str(opening.folder), settings=settings)

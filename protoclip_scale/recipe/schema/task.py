@@ -55,6 +55,8 @@ class Task(Section):
             raise ValueError(f"evaluation.sets {self.name}: {unused[0]} has no effect without hub; remove it")
         if self.classes and len(self.classify) != 1:
             raise ValueError(f"evaluation.sets {self.name}: classes are those of one column, but classify names {len(self.classify)}; name one")
+        if not self.columns.caption and not self.classify and not self.task:
+            raise ValueError(f"evaluation.sets {self.name}: columns.caption is empty and classify names no column, so there is nothing to measure; name one")
         twice = sorted({name for name in self.classes if self.classes.count(name) > 1}) if len(set(self.classes)) < len(self.classes) else []
         if twice:
             raise ValueError(f"evaluation.sets {self.name}: classes names {twice[0]!r} twice; give each class its own name, and its words in class_words")
