@@ -19,6 +19,7 @@ from protoclip_scale.evaluation.probe import predict
 from protoclip_scale.evaluation.sgd_probe import fit_sgd
 from protoclip_scale.recipe.schema import Evaluation
 from protoclip_scale.recipe.schema.measures import Diagnostics, FewShot
+from protoclip_scale.report.evaluation_table import evaluation_rows
 from tests.support import spawn
 from tests.test_evaluation_probe import pixel_features
 
@@ -163,3 +164,14 @@ def test_the_reference_takes_the_best_epoch_on_the_test_rows_and_says_so_in_its_
     assert len(asked) == 9  # every tenth of 90
     figures = figures_with((train[:64], targets[:64]), (test, test_targets), probe={"method": "slip_sgd", "variant": "reference"})
     assert "probe_slip_sgd_reference/kind/top1" in figures and not any(key.startswith("probe/") for key in figures)
+
+
+def test_the_table_shows_them_beside_what_they_are_to_beat():
+    figures = {"val/zero_shot/kind/top1": 0.4, "val/zero_shot/kind/constant": 0.3, "val/probe/kind/top1": 0.6, "val/probe_slip_sgd_reference/kind/top1": 0.7}
+    figures |= {"val/few_shot/kind/16shot/top1": 0.5, "val/few_shot/kind/16shot/spread": 0.02, "val/knn/kind/top1": 0.45, "val/knn/kind/k": 20}
+    figures |= {"val/image_effective_rank": 12.3, "val/kmeans/kind/ami": 0.2, "val/kmeans/kind/k": 3, "val/rows": 9, "watch/recipe@1": 5}
+    rows = {row.label: (row.model, row.reference) for row in evaluation_rows(figures, {})["val"]}
+    assert rows["few-shot kind, 16 a class"] == ("50.0% ± 2.0%", "zero-shot 40.0%")
+    assert rows["linear probe kind, top 1"] == ("60.0%", "30.0%") and rows["linear probe kind, top 1 [slip sgd reference]"] == ("70.0%", "30.0%")
+    assert rows["20 nearest neighbours kind, top 1"] == ("45.0%", "30.0%") and rows["image effective rank"][0] == "12.3" and rows["k-means of images and kind, AMI"] == ("0.200", "0")
+    assert list(evaluation_rows(figures, {})) == ["val"]

@@ -39,9 +39,12 @@ def noise(model: torch.nn.Module) -> torch.nn.Module:
 def clip(vision: dict, quick_gelu: bool, embed_dim: int = 24) -> torch.nn.Module:
     """OpenAI's model definition as open_clip keeps it: the names are the same."""
     model = noise(open_clip.CLIP(embed_dim, vision, TEXT, quick_gelu=quick_gelu))
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0  # statistics of one batch, else a random ResNet sees all images alike
     with torch.no_grad():
+        model.train().encode_image(torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(3)))
         model.logit_scale.fill_(3.0)
-    return model
+    return model.eval()
 
 
 def distributed(state: dict) -> dict:

@@ -31,11 +31,13 @@ RUN_ELSEWHERE = {
     "python tools/extract_teacher.py --recipe recipes/yfcc15m.yaml --set data.root=DATA --model minilm --caption first --dim 64 --out DATA/teacher": "tests/test_launch_commands.py",
     "python tools/prepare_evaluation.py protoclip10 --out data/evaluation": "fetches over the network; tests/test_preparation_held_out.py has a server",
     "accelerate launch --num_processes 1 launch/evaluate.py --model open_clip:ViT-B-32:laion2b_s34b_b79k --suite protoclip10 --out result.json --csv result.csv": "needs what the line before fetches; tests/test_evaluation_launch.py has a small set",
+    "python tools/watch.py runs/demo --until-done": "tests/test_tools_watch.py, before training and after",
+    "python tools/compare.py runs/demo --baseline runs/demo --out runs/demo/comparison": "tests/test_tools_compare.py, which has runs to compare",
 }
 
 
 def is_data_tool(command: str) -> bool:
-    return command.startswith(("python tools/", "python benchmarks/"))
+    return command.startswith(("python tools/", "python benchmarks/")) and "runs/demo" not in command
 
 
 def settings(command: str) -> tuple[str, ...]:
@@ -62,6 +64,7 @@ def test_the_list_of_exceptions_is_true():
     assert '"launch/slurm/pretrain.sbatch", "recipes/yfcc15m.yaml"' in (ROOT / "tests/test_slurm_cluster.py").read_text()
     assert '"recipes/yfcc15m.yaml", "--nodes"' in (ROOT / "tests/test_slurm_scripts.py").read_text()
     assert "tools/prepare_evaluation.py" in (ROOT / "tests/test_preparation_held_out.py").read_text() and '"protoclip10"' in (ROOT / "tests/test_evaluation_launch.py").read_text()
+    assert '"--until-done"' in (ROOT / "tests/test_tools_watch.py").read_text() and '"--baseline"' in (ROOT / "tests/test_tools_compare.py").read_text()
     assert "conceptual_captions" in (ROOT / "tests/test_preparation_gather.py").read_text()
 
 
@@ -91,7 +94,7 @@ def test_pretrain_lines(command, tmp_path, capsys):
 
 
 def is_of_demo(command: str) -> bool:
-    return "runs/demo" in command and "pretrain.py" not in command
+    return "runs/demo" in command and "pretrain.py" not in command and command not in RUN_ELSEWHERE
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if is_of_demo(c) and c.startswith("accelerate")])

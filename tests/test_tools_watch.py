@@ -163,6 +163,7 @@ def _watch_of_rank(rank, world, folder, run_dir):
     return watch(run_dir)[0]
 
 
+@pytest.mark.slow
 def test_two_ranks_watch_as_one(run_dir, tmp_path):
     assert support.spawn(_watch_of_rank, 2, str(tmp_path), run_dir) == [2, 2]
     assert marks_of(run_dir) == [(2, 1), (4, 1)]

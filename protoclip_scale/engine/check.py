@@ -33,7 +33,8 @@ from protoclip_scale.engine.restore import ask_once, copies_of
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.trackers import missing
 from protoclip_scale.errors import UserError
-from protoclip_scale.evaluation.sets import load_set
+from protoclip_scale.evaluation.sets import checked_set
+from protoclip_scale.evaluation.suites import suite_of_recipe
 from protoclip_scale.export.writing import LAYOUTS, try_layout
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
@@ -230,10 +231,10 @@ class Check:
 
     def evaluation(self) -> None:
         """Rows of the held-out sets."""
-        settings = self.recipe.evaluation
+        suite = self.attempt(lambda: suite_of_recipe(self.recipe))
         rows = []
-        for each in (*settings.sets, *([settings.probe_train] if settings.probe_train else [])):
-            held_out = self.attempt(lambda each=each: load_set(each, self.recipe.data.root, self.recipe.data.retry_seconds))
+        for each in suite.every_set if suite else ():
+            held_out = self.attempt(lambda each=each: checked_set(each, suite))
             rows.append((each.name, f"{len(held_out):,} rows" if held_out else "not usable"))
         if rows:
             self.table("Held-out sets", rows)

@@ -13,9 +13,9 @@ from typing import IO
 import protoclip_scale
 from protoclip_scale.report.html import NAME
 
-LAST_SECONDS = 60.0  # for the last report
+LAST_SECONDS = 300.0  # for the last report, which takes about one where the machine is not busy
 PAUSE = 20  # times as long as the last report took: at most a twentieth of a core goes into reports
-NICENESS = 10
+NICENESS = 10  # of those beside training
 
 
 class ReportWriter:
@@ -29,8 +29,8 @@ class ReportWriter:
 
     def ask(self) -> None:
         """There is news: write a report unless one is being written or has just been. Never waits."""
-        if self._enabled and self._over() and time.monotonic() >= self._not_before:
-            self._start()
+        if self._over() and self._enabled and time.monotonic() >= self._not_before:
+            self._start(NICENESS)
 
     def finish(self) -> None:
         """Write the run's last report, and wait for it."""
@@ -44,11 +44,11 @@ class ReportWriter:
 
     def leave(self) -> None:
         """Let a last report be written after this process has ended."""
+        self._end()
         if self._enabled:
-            self._end()
-            self._start()
+            self._start(niceness=0)
 
-    def _start(self) -> None:
+    def _start(self, niceness: int) -> None:
         package = str(Path(protoclip_scale.__file__).parents[1])
         paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         self._began = time.monotonic()
@@ -56,7 +56,7 @@ class ReportWriter:
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (for as long as the process lives)
             command = [sys.executable, "-m", "protoclip_scale.report.html", str(self._folder)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors, env=os.environ | {"PYTHONPATH": paths})
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         except OSError as error:
             if self._process is None:
                 self._fail(str(error))

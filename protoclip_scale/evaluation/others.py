@@ -94,7 +94,7 @@ def transformers_model(place: str) -> Loaded:
     length = min(most, tokenizer.model_max_length)
 
     def tokens(texts: list[str]) -> Tokens:
-        encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt", padding_side="right")
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt", padding_side="right")
         return Tokens(encoded["input_ids"], encoded["attention_mask"].sum(1))
 
     def text(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from protoclip_scale.evaluation.learned import Rows, learned_figures
 from protoclip_scale.evaluation.pixels import PixelStore, Preprocessing
 from protoclip_scale.evaluation.ranking import average, ranking_figures
 from protoclip_scale.evaluation.retrieval import retrieval_figures
-from protoclip_scale.evaluation.sets import cached_set, check_size
+from protoclip_scale.evaluation.sets import checked_set
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
 from protoclip_scale.evaluation.zero_shot import class_embeddings, class_names, prompts, targets_of, zero_shot_figures
 from protoclip_scale.models.build import build_model
@@ -128,8 +128,7 @@ def evaluate_suite(
     encoder, width = WithFeatures(model, settings.probe.features, bool(prototypes)), model.embed_dim if prototypes else EVERYTHING
 
     def encode(held_out: EvaluationSet) -> EncodedSet:
-        rows = cached_set(held_out, suite.root, suite.retry_seconds)
-        check_size(rows, suite.allow_subset)
+        rows = checked_set(held_out, suite)
         images, decodable = encode_images(encoder, store.pixels_of(rows), len(rows), settings.batch, device, precision, meanwhile)
         kept = decodable.nonzero()[:, 0].tolist()
         classes = {column: [values[row] for row in kept] for column, values in rows.classes.items()}

@@ -11,6 +11,7 @@ from protoclip_scale.data.rows import pack_row_ids
 from protoclip_scale.data.sources import BlockReader
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.labels import Labels, check_classes, open_source, text_of
+from protoclip_scale.evaluation.suites import Suite
 from protoclip_scale.prototypes.distinct import position_keys
 from protoclip_scale.recipe.schema import EvaluationSet
 
@@ -107,6 +108,13 @@ def check_size(rows: HeldOutRows, allow_subset: bool = False) -> None:
             raise UserError(f"evaluation set {settings.name}: {number:,} {what} where there must be {wanted:,}; prepare it again, or evaluate what is there with --allow-subset")
     if settings.num_captions is not None and found.without_caption:
         raise UserError(f"evaluation set {settings.name}: {found.without_caption} of {found.rows} rows have no caption; prepare it again, or evaluate the others with --allow-subset")
+
+
+def checked_set(settings: EvaluationSet, suite: Suite) -> HeldOutRows:
+    """``cached_set`` of a suite's set, of the size that it must have."""
+    rows = cached_set(settings, suite.root, suite.retry_seconds)
+    check_size(rows, suite.allow_subset)
+    return rows
 
 
 def _subset(settings: EvaluationSet, places: np.ndarray) -> list[int]:

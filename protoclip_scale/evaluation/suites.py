@@ -15,7 +15,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.tasks import SHIPPED, suite_names, with_task
 from protoclip_scale.recipe.names import nearest
 from protoclip_scale.recipe.problems import one_line
-from protoclip_scale.recipe.schema import Data, Evaluation, Recipe
+from protoclip_scale.recipe.schema import Data, Evaluation, EvaluationSet, Recipe
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Suite:
     retry_seconds: float = Data.model_fields["retry_seconds"].default
     name: str = ""  # of a suite that has an average
     allow_subset: bool = False  # whether sets may hold another number of rows than they must
+
+    @property
+    def every_set(self) -> tuple[EvaluationSet, ...]:
+        """The sets, and the one that probes learn from."""
+        train = self.evaluation.probe_train
+        return (*self.evaluation.sets, *([train] if train else ()))
 
     def __post_init__(self):
         names = [held_out.name for held_out in self.evaluation.sets]

@@ -1,5 +1,6 @@
 """What is exported: a model whose weights are read one at a time, from memory or from a checkpoint."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,17 +41,17 @@ class Source(NamedTuple):
 
 
 def source_of_model(model: DualEncoder, settings: schema.Model) -> Source:
-    """A model in memory; it is not changed. Costs a second copy of it while files of another dtype than float32 are checked."""
+    """A model in memory; it is not changed. Costs a second copy while files of another dtype than float32, or a model on a GPU, are checked."""
     state = model.state_dict()
 
     def embed(probe: Probe, dtype: torch.dtype) -> Embeddings:
-        training = model.training
-        kept = {} if dtype == torch.float32 else {name: tensor.clone() for name, tensor in state.items()}
-        round_weights(model, dtype)
+        training, on_cpu = model.training, next(model.parameters()).device.type == "cpu"
+        twin = model if on_cpu and dtype == torch.float32 else copy.deepcopy(model).cpu()  # a GPU's products may be rounded otherwise
+        if twin is not model:
+            round_weights(twin, dtype)
         try:
-            return embeddings_of(model.eval(), probe)
+            return embeddings_of(twin.eval(), probe)
         finally:
-            model.load_state_dict(kept, strict=False)
             model.train(training)
 
     return Source(settings, model, lambda name: state[name].detach(), embed)
@@ -83,9 +84,12 @@ def round_weights(model: DualEncoder, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def embeddings_of(model: DualEncoder, probe: Probe) -> Embeddings:
-    device = next(model.parameters()).device
-    image = model.encode_image(probe.images.to(device))
-    return Embeddings(image.cpu().float(), model.encode_text(probe.token_ids.to(device), probe.lengths).cpu().float())
+    """In float32, whatever the model was trained in."""
+    compute_dtype, model.compute_dtype = model.compute_dtype, None
+    try:
+        return Embeddings(model.encode_image(probe.images).float(), model.encode_text(probe.token_ids, probe.lengths).float())
+    finally:
+        model.compute_dtype = compute_dtype
 
 
 def made_up(settings: schema.Model, tower: TextTower) -> Probe:

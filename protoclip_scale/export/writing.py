@@ -55,6 +55,8 @@ def try_layout(layout: str, model: DualEncoder, settings: schema.Model) -> list[
             export(source_of_model(model, settings), layout, Path(folder) / "export")
     except UserError as error:
         return [str(error).removeprefix("export: ")]
+    except OSError as error:
+        return [f"this was not tried, since the temporary folder could not be written ({error.strerror}); set TMPDIR to one with room"]
     return []
 
 

@@ -14,7 +14,7 @@ NOT_CHANGES = ("name", "notes", "expected")
 def against_base(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """{base: names of the files that ``path`` extends (null without any), changes: [{key, base, value, said_by}]}, secrets replaced.
 
-    A key that the base does not set has null there: it stands for the default. Costs a second reading of the files.
+    A key that the base does not set, whose default therefore holds there, has no ``base``. Costs a second reading of the files.
     """
     path = Path(path).expanduser()
     *parents, own = _layers(path, ())
@@ -24,7 +24,7 @@ def against_base(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict
         _merge(base, layer, base_origins, origin)
     _resolve_paths(base, base_origins)
     tree, origins = _read(path, overrides)
-    before, now = _flat(base), _flat(tree)
+    before, now = _flat(redacted(base)), _flat(redacted(tree))
     changed = [key for key in now if key not in NOT_CHANGES and (key not in before or now[key] != before[key]) and (key != "data.root" or ("data", "root") in origins)]
-    changes = [{"key": key, "base": before.get(key), "value": now[key], "said_by": Path(_origin_of(tuple(key.split(".")), origins).label).name} for key in changed]
-    return redacted({"base": ", ".join(Path(origin.label).name for _, origin in parents) or None, "changes": changes})
+    changes = [{"key": key, **({"base": before[key]} if key in before else {}), "value": now[key], "said_by": Path(_origin_of(tuple(key.split(".")), origins).label).name} for key in changed]
+    return {"base": ", ".join(Path(origin.label).name for _, origin in parents) or None, "changes": changes}

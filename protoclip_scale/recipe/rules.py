@@ -220,7 +220,8 @@ def _evaluation_sets_exist(recipe: Recipe) -> Iterator[str]:
     if evaluation.every_steps and not evaluation.sets:
         yield f"evaluation.every_steps {evaluation.every_steps} has no effect without evaluation.sets; name some, or set it to 0"
     probe = evaluation.probe_train
-    if probe is not None and not {column for each in evaluation.sets for column in each.classify} & set(probe.classify):
+    tasks = any(each.task for each in (*evaluation.sets, *([probe] if probe else [])))  # which name their own columns
+    if probe is not None and not tasks and not {column for each in evaluation.sets for column in each.classify} & set(probe.classify):
         yield "evaluation.probe_train.classify shares no column with classify of evaluation.sets, so nothing is probed; name the same column, or set probe_train to null"
 
 

@@ -115,7 +115,7 @@ def draw(series: Sequence[Series], axis: Axis, write_y: Callable[[float, float],
         axis=axis.label,
         label=_in_words(curves, axis, write_y, y_step),
         legend=[(each.name, f"c{number % SERIES_COLORS}", "line") for number, each, _ in curves]
-        + [(f"{reference.name} {write_y(reference.value, y_step / 10)}", reference.style, "level") for reference in references],
+        + [(f"{reference.name} {write_y(reference.value, y_step / 20)}", reference.style, "level") for reference in references],
         lines=max(points.lines for _, _, points in curves),
     )
 

@@ -14,6 +14,7 @@ from protoclip_scale.report.html.timeline import Timeline
 from protoclip_scale.report.progress import PHASES
 
 QUARANTINE_SHOWN = 25
+VALUE_CHARACTERS = 240  # of a changed key; the whole recipe stands below
 STATES = {"done": "done", "running": "running", "stopped": "stopped, can go on", "failed": "failed"}
 ORDER = (*PHASES, "checkpoint", "records", "pictures")
 
@@ -96,12 +97,13 @@ def recipe_changes(run: RunFiles) -> dict[str, Any]:
     note = run.json("recipe_changes.json")
     if not note:
         return {}
-    rows = [(str(each["key"]), _as_yaml(each.get("base")), _as_yaml(each.get("value")), str(each.get("said_by", ""))) for each in redacted(note.get("changes", []))]
+    rows = [(str(each["key"]), _as_yaml(each["base"]) if "base" in each else "(default)", _as_yaml(each.get("value")), str(each.get("said_by", ""))) for each in note.get("changes", [])]
     return {"base": note.get("base"), "rows": rows}
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")).removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")).removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= VALUE_CHARACTERS else text[:VALUE_CHARACTERS] + " ..."
 
 
 def unusable(run: RunFiles) -> dict[str, Any]:
