@@ -93,6 +93,7 @@ def _few_shot(pyplot, table: pd.DataFrame, path: Path) -> Path:
             if (run, zero_shot := f"{place}/zero_shot/{column}/top1") in last.index:
                 panel.axhline(last[run, zero_shot], color=f"C{number}", linestyle="--", linewidth=1, label=f"{run}, zero-shot")
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel("labelled images of each class", fontsize=8)
         panel.set_ylabel("accuracy", fontsize=8)
     return _save(pyplot, figure, places[0], path)
