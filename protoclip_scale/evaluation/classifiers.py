@@ -1,5 +1,6 @@
 """Zero-shot classifiers as files: class embeddings in safetensors, with hashes of what they were made from, so that no text is encoded twice."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -75,4 +76,5 @@ class ClassifierFiles:
         except (OSError, SafetensorError) as error:
             raise UserError(f"--classifiers: {path} cannot be written ({error}); choose another folder") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

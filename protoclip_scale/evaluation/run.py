@@ -140,10 +140,20 @@ def evaluate_suite(
     probe_train = encode(settings.probe_train) if settings.probe_train and sets else None
     columns = [(held_out, column) for held_out in sets.values() for column in held_out.classes if held_out.names(column)]
     known = collectives.from_rank_zero(lambda: _stored(columns, classifiers)) if classifiers else {}
-    prompted = [held_out.prompts(column) for held_out, column in columns if (held_out.settings.name, column) not in known]
-    wanted = [text for texts in (*prompted, *(own for held_out in sets.values() for own in held_out.captions)) for text in texts]
-    texts = TextRows(wanted, lambda distinct: encode_texts(encoder, tokenizer, distinct, settings.batch, device, precision, meanwhile), width)
-    figures = collectives.from_rank_zero_patiently(lambda: _figures(settings, sets, probe_train, texts, prototypes, device, Classifiers(texts, known, classifiers)), meanwhile)
+
+    def text_rows(wanted: Sequence[str]) -> TextRows:
+        return TextRows(wanted, lambda distinct: encode_texts(encoder, tokenizer, distinct, settings.batch, device, precision, meanwhile), width)
+
+    # Prompts of a column are batched by themselves: whether another's come from a file changes no bit.
+    made = {
+        (held_out.settings.name, column): class_embeddings(held_out.names(column), held_out.settings.prompt_templates, text_rows(held_out.prompts(column)), held_out.settings.class_words)
+        for held_out, column in columns
+        if (held_out.settings.name, column) not in known
+    }
+    if classifiers:
+        collectives.from_rank_zero(lambda: _store(columns, made, classifiers))
+    texts = text_rows([text for held_out in sets.values() for own in held_out.captions for text in own])
+    figures = collectives.from_rank_zero_patiently(lambda: _figures(settings, sets, probe_train, texts, prototypes, device, known | made), meanwhile)
     if settings.diagnostics:
         for name, held_out in sets.items():
             figures |= _under(name, embedding_cluster_figures(held_out.images, held_out.classes, settings.diagnostics))
@@ -169,20 +179,10 @@ def _stored(columns: Sequence[tuple[EncodedSet, str]], classifiers: ClassifierFi
     return {key: rows for key, rows in loaded.items() if rows is not None}
 
 
-class Classifiers:
-    """Class embeddings [C, D] of a set's column: known ones, or made of the texts and kept in files, if there are any."""
-
-    def __init__(self, texts: TextRows, known: dict[tuple[str, str], torch.Tensor], files: ClassifierFiles | None):
-        self.texts, self.known, self.files = texts, known, files
-
-    def __call__(self, held_out: EncodedSet, column: str) -> torch.Tensor:
-        settings, names = held_out.settings, held_out.names(column)
-        if (settings.name, column) in self.known:
-            return self.known[settings.name, column]
-        rows = class_embeddings(names, settings.prompt_templates, self.texts, settings.class_words)
-        if self.files:
-            self.files.save(settings, column, names, rows)
-        return rows
+def _store(columns: Sequence[tuple[EncodedSet, str]], made: dict[tuple[str, str], torch.Tensor], classifiers: ClassifierFiles) -> None:
+    for held_out, column in columns:
+        if (rows := made.get((held_out.settings.name, column))) is not None:
+            classifiers.save(held_out.settings, column, held_out.names(column), rows)
 
 
 def _figures(
@@ -192,13 +192,13 @@ def _figures(
     texts: TextRows,
     prototypes: EpisodePrototypes | None,
     device: torch.device,
-    classifiers: Classifiers,
+    class_rows: dict[tuple[str, str], torch.Tensor],
 ) -> dict[str, float]:
     learned = learned_figures(settings, probe_train.labelled(), {name: held_out.labelled() for name, held_out in sets.items()}, device) if probe_train else {}
     figures: dict[str, Any] = {}
     for name, held_out in sets.items():
         for column in held_out.classes:
-            figures |= _under(f"{name}/zero_shot/{column}", _zero_shot(held_out, column, classifiers))
+            figures |= _under(f"{name}/zero_shot/{column}", _zero_shot(held_out, column, class_rows))
         captioned = held_out.with_captions()
         if len(captioned.images):
             figures |= _under(f"{name}/retrieval", _retrieval([captioned], captioned, texts))
@@ -222,11 +222,11 @@ def _under(prefix: str, figures: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{key}": value for key, value in figures.items()}
 
 
-def _zero_shot(held_out: EncodedSet, column: str, classifiers: Classifiers) -> dict[str, float]:
+def _zero_shot(held_out: EncodedSet, column: str, classifiers: dict[tuple[str, str], torch.Tensor]) -> dict[str, float]:
     targets = targets_of(held_out.classes[column], held_out.names(column))
     if not (targets >= 0).any():
         return {}
-    class_rows = classifiers(held_out, column)
+    class_rows = classifiers[held_out.settings.name, column]
     figures = zero_shot_figures(held_out.images, class_rows, targets)
     return figures | ranking_figures(held_out.images, class_rows, targets, figures["top1"], held_out.settings.chosen_metric)
 
