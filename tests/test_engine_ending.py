@@ -134,6 +134,24 @@ def test_a_silent_rank_is_lost_after_lost_seconds_where_the_store_answers_and_no
     assert silent._doom(1000.0) is None  # the store is silent: timeout_minutes
 
 
+def test_a_rank_waits_in_one_collective_no_longer_than_it_may(monkeypatch):
+    """Under NCCL nothing is raised; a loop that polls for what another rank does, or this rank's own long work, is no such wait."""
+    monkeypatch.setattr(heard, "_process", lambda pid: ("S", 0))
+    monkeypatch.setattr(standing.HERE, "since", 300.0)
+    monkeypatch.setattr(watch.stacks, "whereabouts", lambda: ("any_rank in training.py:50", True))
+    waits = watch_of(0, "ab")
+    waits._view.hear(1, Beat(8, "train", 0, 4, 3, 600.0, "decode.py:7", waits=False), 1000.0)
+    assert waits._doom(1000.0).startswith("other ranks were waited for in vain for 700 s: rank 1 on b is late, working in train, episode 1, step 4 at decode.py:7")
+    monkeypatch.setattr(standing.HERE, "waits", True)
+    assert waits._doom(1000.0) is None
+    monkeypatch.setattr(standing.HERE, "waits", None)
+    monkeypatch.setattr(watch.stacks, "whereabouts", lambda: ("decode.py:7", False))
+    assert waits._doom(1000.0) is None
+    monkeypatch.setattr(watch.stacks, "whereabouts", lambda: ("any_rank in training.py:50", True))
+    monkeypatch.setattr(standing.HERE, "since", 500.0)
+    assert waits._doom(1000.0) is None
+
+
 @pytest.fixture
 def store(monkeypatch):
     """Where a rank of two says how it is; the other one is the test's, and silent. Ending the process holds the thread that does it."""

@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {
     "make demo": "the demo itself: minutes; run before every release",
     "make test": "this very run",
     "cp launch/slurm/cluster.env.example launch/slurm/cluster.env": "tests/test_slurm_scripts.py",
-    "bash launch/slurm/in_environment.sh python launch/pretrain.py --recipe recipes/yfcc15m.yaml --check --fetch": "fetches over the network; tests/test_slurm_scripts.py",
+    "bash launch/slurm/in_environment.sh python launch/pretrain.py --recipe recipes/yfcc15m.yaml --check --fetch": "fetches over the network; tests/test_engine_prefetch.py has a hub",
     "sbatch launch/slurm/pretrain.sbatch recipes/yfcc15m.yaml": "tests/test_slurm_cluster.py",
     "python launch/slurm/submit.py recipes/yfcc15m.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00": "tests/test_slurm_scripts.py",
     "python tools/gather_images.py --list conceptual_captions --out data/cc3m Train_GCC-training.tsv": "3 million downloads; tests/test_preparation_gather.py has a server",
@@ -62,7 +62,9 @@ def test_the_list_of_exceptions_is_true():
     elsewhere = (ROOT / "tests/test_launch_commands.py").read_text()
     assert "recipes/yfcc15m.yaml" in elsewhere and "tools/extract_teacher.py" in elsewhere
     assert '"launch/slurm/pretrain.sbatch", "recipes/yfcc15m.yaml"' in (ROOT / "tests/test_slurm_cluster.py").read_text()
-    assert '"recipes/yfcc15m.yaml", "--nodes"' in (ROOT / "tests/test_slurm_scripts.py").read_text()
+    scripts = (ROOT / "tests/test_slurm_scripts.py").read_text()
+    assert '"recipes/yfcc15m.yaml", "--nodes"' in scripts and "launch/slurm/cluster.env.example" in scripts
+    assert '"--fetch"' in (ROOT / "tests/test_engine_prefetch.py").read_text()
     assert "tools/prepare_evaluation.py" in (ROOT / "tests/test_preparation_held_out.py").read_text() and '"protoclip10"' in (ROOT / "tests/test_evaluation_launch.py").read_text()
     assert '"--until-done"' in (ROOT / "tests/test_tools_watch.py").read_text() and '"--baseline"' in (ROOT / "tests/test_tools_compare.py").read_text()
     assert "conceptual_captions" in (ROOT / "tests/test_preparation_gather.py").read_text()

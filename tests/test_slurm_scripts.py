@@ -4,8 +4,10 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,57 @@ def test_recipes_and_seeds_are_an_array_with_directories_of_their_own(submit):
     assert tasks[3][1:5] == ["--set", "run.seed=7", "--set", "data.plan.seed=7"]
 
 
+@pytest.mark.parametrize(
+    ("option", "ranks"),
+    [("--gpus-per-node=a100:2", 2), ("--gres=gpu:4", 4), ("--gres=gpu:a100:2", 2), ("--gres=gpu:h100_80gb:4(S:0-1)", 4), ("--gres=gpu:2,nvme:1", 2), ("--gres=gpu=4", 4)],
+)
+def test_gpus_are_counted_however_they_are_asked_for(submit, option, ranks):
+    """The demo's eight lanes, made as many as there are GPUs on one node: with any other number it is refused."""
+    arguments = ("recipes/demo_clip.yaml", "--nodes", "1", f"--sbatch={option}")
+    code, script, error = submit(*arguments, "--set", f"data.plan.lanes={ranks}")
+    assert code == 0, error
+    assert [key for key in header(script) if key in ("gres", "gpus-per-node")] == [option[2:].split("=")[0]]
+    assert submit(*arguments, "--set", "data.plan.lanes=1")[0] == 1
+
+
+def test_the_clusters_settings_count_and_secrets_are_neither_shown_nor_readable(submit, monkeypatch, tmp_path):
+    settings = tmp_path / "cluster.env"
+    settings.write_text(': "${PROTOCLIP_RANKS_PER_NODE:=3}"\n[ -e /nowhere ] && export NOT_SET=1\n')
+    monkeypatch.setenv("PROTOCLIP_CLUSTER_ENV", str(settings))
+    code, _, error = submit("recipes/demo.yaml", "--nodes", "1", "--gpus-per-node", "4")
+    assert code == 1 and "world size 3 does not divide" in error
+    settings.write_text("exit 3\n")
+    code, _, error = submit("recipes/demo.yaml", *SMALL)
+    assert code == 1 and error.startswith("error: launch/slurm/cluster.env") and len(error.splitlines()) == 1
+    monkeypatch.delenv("PROTOCLIP_CLUSTER_ENV")
+    programs = program(tmp_path / "bin", "sbatch", 'stat -c %a "$1"; grep -c "sig=abcdefgh" "$1"')
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    script = ROOT / "logs/a-secret.sbatch"
+    try:
+        ran = subprocess.run(
+            [sys.executable, "launch/slurm/submit.py", "recipes/demo.yaml", *SMALL, "--job-name", "a-secret", "--set", "data.root=https://store/demo?sig=abcdefgh", "--submit"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert "abcdefgh" not in ran.stdout + ran.stderr and "sig=***" in ran.stdout
+        assert ran.stdout.split()[-2:] == ["600", "1"], "sbatch gets the value, others cannot read it"
+    finally:
+        script.unlink(missing_ok=True)
+
+
+LINES = [line.strip() for file in ("README.md", "docs/slurm.md", "docs/launching.md") for line in (ROOT / file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.match(r"sbatch .*pretrain\.sbatch recipes/|python launch/slurm/submit\.py recipes/", line)])
+def test_the_lines_of_the_documents_ask_for_as_many_ranks_as_their_recipes_take(submit, line):
+    words = shlex.split(line, comments=True)
+    if words[0] == "sbatch":  # its options stand before the file, and the template's count where it says none
+        script = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+        words = ["python", "submit.py", words[script + 1], *(f"--sbatch={word}" for word in words[1:script])]
+    code, _, error = submit(*(word for word in words[2:] if word != "--submit"))
+    assert code == 0, error
+
+
 def test_evaluation_and_clusters_of_processors(submit, tmp_path):
     code, script, _ = submit(tmp_path, "--evaluate", "--gpus-per-node", "0", "--accelerate", "launch/accelerate/cpu.yaml", "--environment", "conda:a b", "--", "--checkpoint", "all")
     assert code == 0
@@ -120,7 +173,10 @@ def test_evaluation_and_clusters_of_processors(submit, tmp_path):
         (("recipes/demo.yaml", *SMALL, "--accelerate", "launch/accelerate/cpu_zero2.yaml"), "add --gpus-per-node 0"),
         (("recipes/demo.yaml", "--gpus-per-node", "0"), "choose one of launch/accelerate/cpu*.yaml"),
         (("recipes/demo.yaml", *SMALL, "--environment", "/opt/venv"), "write venv:FOLDER"),
-        (("recipes/demo.yaml", "--nodes", "1", "--sbatch=--gpus-per-node=a100:2"), "add --gpus-per-node N or --ranks-per-node N"),
+        (("recipes/demo.yaml", "--nodes", "1", "--sbatch=--gpus-per-node=a100"), "--gpus-per-node=a100: a number of GPUs is needed"),
+        (("recipes/demo.yaml", *SMALL, "--sbatch=--nodes=1-2"), "--nodes 1-2: a plain number is needed"),
+        (("recipes/demo.yaml", "--nodes", "1", "--sbatch=--gres=gpu:a100:3"), "recipes/demo.yaml: world size 3 does not divide data.plan.lanes"),
+        (("recipes/demo.yaml", "--gpus-per-node", "0", "--sbatch=--gres=gpu:4", "--accelerate", "launch/accelerate/cpu.yaml"), "the job asks for GPUs (--gres=gpu:4)"),
         (("runs/nowhere", "--evaluate"), "there is no such directory"),
         (("recipes", "--evaluate", "--seeds", "1"), "--seeds has no effect with --evaluate"),
     ],

@@ -22,6 +22,8 @@ export PYTHONUNBUFFERED=1   # what a rank said last is in its log
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # NCCL says why a connection failed; it says nothing by default
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # on TERM the launcher ends ranks that have not saved within 30 s; Slurm sets a limit of its own
 
+ulimit -Sn "$(ulimit -Hn)" # loading processes pass tensors as open files, and 1,024 are few
+
 # A signal of Slurm's reaches every process of the step. The ranks answer to it: they save and leave. The launcher would end at once on
 # USR1 and leave them behind, so it ignores it (ranks install their own handler all the same); this shell must outlive the launcher.
 trap "" USR1

@@ -24,6 +24,7 @@ from protoclip_scale.data.plan import check_lanes
 from protoclip_scale.engine.command import run_directory
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import load_recipe
+from protoclip_scale.redact import redact_text
 
 LOGS = "logs"
 Task = list[str]  # the arguments of one job script
@@ -31,6 +32,7 @@ Task = list[str]  # the arguments of one job script
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     arguments, passed_on = _split(list(arguments))
+    cluster = cluster_settings()
     parser = argparse.ArgumentParser(prog="launch/slurm/submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="RECIPE", help="recipes; with --evaluate run directories or exports")
     parser.add_argument("--evaluate", action="store_true", help="evaluate models instead of training them")
@@ -40,19 +42,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, metavar="N", help="run at most N jobs of the array at the same time")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of each job")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="0 for a cluster of CPUs")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", default=os.environ.get("PROTOCLIP_RANKS_PER_NODE"), help="default: one for each GPU, or one")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", default=cluster.get("PROTOCLIP_RANKS_PER_NODE"), help="default: one for each GPU, or one")
     parser.add_argument("--time", metavar="TIME", help="time limit of each start, for instance 24:00:00")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
     parser.add_argument("--qos", metavar="NAME")
     parser.add_argument("--job-name", metavar="NAME", help="default: the recipe's name")
     parser.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help="any other option of sbatch, as --sbatch=--constraint=a100; may be repeated")
-    parser.add_argument("--accelerate", metavar="FILE", default=os.environ.get("PROTOCLIP_ACCELERATE"), help="the strategy (default: launch/accelerate/ddp.yaml)")
+    parser.add_argument("--accelerate", metavar="FILE", default=cluster.get("PROTOCLIP_ACCELERATE"), help="the strategy (default: launch/accelerate/ddp.yaml)")
     parser.add_argument("--environment", metavar="WHAT", help="venv:FOLDER, conda:NAME or apptainer:IMAGE (default: PROTOCLIP_ENVIRONMENT of cluster.env)")
     parser.add_argument("--submit", action="store_true", help="submit it, too")
     options = parser.parse_args(arguments)
     options.passed_on = passed_on
     return options
+
+
+def cluster_settings() -> dict[str, str]:
+    """The environment that jobs will have: this one, and what launch/slurm/cluster.env adds. UserError if that file ends the shell that reads it."""
+    done = subprocess.run(["bash", "-c", "source launch/slurm/environment.sh >&2 && env -0"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"launch/slurm/cluster.env: {' '.join(done.stderr.split()).removeprefix('error: ')}")
+    return dict(variable.split("=", 1) for variable in done.stdout.split("\0") if "=" in variable)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -88,12 +98,25 @@ class Header:
     def lines(self) -> list[str]:
         return [f"#SBATCH --{key}" + (f"={value}" if value is not None else "") for key, value in self.options.items()]
 
-    def number(self, key: str) -> int:
-        """Of a key that must be a number, such as ``nodes``."""
-        value = self.options.get(key) or ""
+    @property
+    def nodes(self) -> int:
+        value = self.options.get("nodes") or ""
         if not value.isdigit():
-            raise UserError(f"--{key} {value}: a plain number is needed to count the ranks; add --{key} N{' or --ranks-per-node N' if key != 'nodes' else ''}")
+            raise UserError(f"--nodes {value}: a plain number is needed to count the ranks; add --nodes N")
         return int(value)
+
+    @property
+    def gpus(self) -> str | None:
+        """What asks for each node's GPUs, as ``--gres=gpu:a100:4``; None where nothing does."""
+        return next((f"--{key}={value}" for key, value in self.options.items() if key == "gpus-per-node" or (key == "gres" and value.startswith("gpu"))), None)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """UserError if the number does not stand there."""
+        found = re.search(r"(?:=|gpu:)(?:[a-z][^\s:,=]*:)?(\d+)(?:\(.*\))?(?:,|$)", self.gpus, re.IGNORECASE)
+        if not found:
+            raise UserError(f"{self.gpus}: a number of GPUs is needed to count the ranks; write --gpus-per-node=N, --gpus-per-node=TYPE:N or --gres=gpu:TYPE:N")
+        return int(found[1])
 
 
 def tasks_of(options: argparse.Namespace, ranks: int) -> tuple[list[Task], list[str]]:
@@ -133,11 +156,11 @@ def exports_of(options: argparse.Namespace, header: Header) -> dict[str, str]:
     if not (ROOT / accelerate).is_file():
         there = ", ".join(sorted(file.name for file in (ROOT / "launch/accelerate").glob("*.yaml")))
         raise UserError(f"--accelerate {accelerate}: there is no such file; launch/accelerate holds {there}")
-    trains_on_cpus, has_gpus = accelerate.name.startswith("cpu"), "gpus-per-node" in header.options
-    if accelerate.parent.name == "accelerate" and trains_on_cpus == has_gpus:
+    trains_on_cpus = accelerate.name.startswith("cpu")
+    if accelerate.parent.name == "accelerate" and trains_on_cpus == (header.gpus is not None):
         fix = "add --gpus-per-node 0" if trains_on_cpus else "choose one of launch/accelerate/cpu*.yaml with --accelerate"
         raise UserError(
-            f"--accelerate {accelerate} trains on {'CPUs' if trains_on_cpus else 'GPUs'}, but the job asks for {header.options.get('gpus-per-node', 'no')} GPUs per node; {fix}"
+            f"--accelerate {accelerate} trains on {'CPUs' if trains_on_cpus else 'GPUs'}, but the job asks for {f'GPUs ({header.gpus})' if header.gpus else 'no GPUs'}; {fix}"
         )
     if options.environment and not re.fullmatch(r"(venv|conda|apptainer):.+", options.environment):
         raise UserError(f"--environment {options.environment}: write venv:FOLDER, conda:NAME or apptainer:IMAGE")
@@ -157,9 +180,11 @@ def script_of(options: argparse.Namespace) -> tuple[str, str]:
         del header.options["gpus-per-node"]
     for option in options.sbatch:
         header.add(option)
+    if (header.options.get("gres") or "").startswith("gpu") and not options.gpus_per_node:
+        header.options.pop("gpus-per-node", None)  # of a cluster that knows GPUs by --gres alone
     exports = exports_of(options, header)
-    per_node = options.ranks_per_node or (header.number("gpus-per-node") if "gpus-per-node" in header.options else 1)
-    tasks, names = tasks_of(options, header.number("nodes") * per_node)
+    per_node = options.ranks_per_node or (header.gpus_per_node if header.gpus else 1)
+    tasks, names = tasks_of(options, header.nodes * per_node)
     name = options.job_name or (names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more")
     if "/" in name:  # it names files, too
         raise UserError(f"--job-name {name}: leave out slashes")
@@ -196,10 +221,10 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"run it in {ROOT}, where the job will start: paths in it are relative to that folder")
         name, script = script_of(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact_text(f"error: {error}"), file=sys.stderr)
         return 1
     file = Path(LOGS) / f"{name}.sbatch"
-    print(f"{script}\n# sbatch {file}", flush=True)
+    print(redact_text(f"{script}\n# sbatch {file}"), flush=True)
     if not options.submit:
         print(f"printed only: with --submit it is written to {file}, and the last line is run", file=sys.stderr)
         return 0
@@ -207,7 +232,9 @@ def main(arguments: Sequence[str]) -> int:
         print("error: there is no sbatch here: submit from a login node of the cluster", file=sys.stderr)
         return 1
     file.parent.mkdir(exist_ok=True)  # Slurm does not make the folder of a job's log
-    file.write_text(script, encoding="utf-8")
+    file.unlink(missing_ok=True)
+    with open(file, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:  # what --set gave may be a secret
+        stream.write(script)
     return subprocess.run(["sbatch", str(file)]).returncode
 
 

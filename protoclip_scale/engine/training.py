@@ -34,7 +34,7 @@ def _timed(batches: Iterator[Batch], waits: list[float]) -> Iterator[Batch]:
 def _averaged(loss: Loss) -> dict[str, float]:
     """Loss terms over all ranks; a collective."""
     values = torch.stack([loss.total.detach(), *loss.terms.values()]).double()
-    mean = (collectives.all_reduce(values) / collectives.world_size()).tolist()
+    mean = collectives.host_values(collectives.all_reduce(values) / collectives.world_size())
     return {"loss": mean[0], **{f"loss/{name}": value for name, value in zip(loss.terms, mean[1:], strict=True)}}
 
 

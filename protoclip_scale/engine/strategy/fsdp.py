@@ -57,7 +57,7 @@ class FullySharded(Strategy):
         scale = self.precision.scale
         gradients = [_local(parameter.grad) for _, parameter in self._named_parameters()]
         squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
-        squares, stops = collectives.all_reduce(torch.stack([squares, torch.full_like(squares, stop)])).tolist()
+        squares, stops = collectives.host_values(collectives.all_reduce(torch.stack([squares, torch.full_like(squares, stop)])))
         norm = squares**0.5 / (scale.value if scale else 1)
         taken = norm < float("inf")
         if taken:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CONFIGS = "launch/accelerate/"
+WATCHDOG_SECONDS = 60  # by which NCCL, whose watchdog ends a process without a word, is more patient than a rank's watch
 
 # key of a DeepSpeed json -> key of the recipe that decides it, and the values that decide nothing
 OWNED = {
@@ -167,7 +168,7 @@ def start(timeout_minutes: float) -> "Accelerator":
     from accelerate.utils import InitProcessGroupKwargs
 
     on_cpu, deepspeed = not torch.cuda.is_available(), asks_for_deepspeed()
-    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes, seconds=0 if on_cpu else WATCHDOG_SECONDS)}
     if deepspeed:
         _import_deepspeed()
         if on_cpu:

@@ -60,7 +60,7 @@ class Replicated(Strategy):
             norm = norm / scale.value
         # The norm is the same on all ranks; that it is finite is agreed all the same, since nothing may ever part them.
         flags = collectives.all_reduce(torch.stack([torch.full_like(norm, stop), (~norm.isfinite()).to(norm.dtype)]), "max")
-        stop, lost, norm_here = torch.cat([flags, norm[None]]).tolist()
+        stop, lost, norm_here = collectives.host_values(torch.cat([flags, norm[None]]))
         taken = not lost
         if taken:
             if scale:

@@ -67,7 +67,7 @@ def begin(settings: Run) -> NoWatch:
 
 class Watch(NoWatch):
     """Ends this process if its main thread still waits some seconds after another rank is known to have failed or to be gone, or after ranks have not answered
-    for ``lost_seconds``, or the store for longer than a collective may wait (``timeout_minutes``)."""
+    for ``lost_seconds``, or the store for longer than a collective may wait (``timeout_minutes``), or in one collective for longer than that."""
 
     def __init__(self, settings: Run):
         self._longest = 60 * settings.timeout_minutes + GRACE_SECONDS
@@ -188,6 +188,8 @@ class Watch(NoWatch):
             return self._view.lost(silent, now)
         if waited > self._longest and now - self._view.answered > self._longest:
             return self._view.lost_store(store_address(), now)
+        if waited > self._longest and standing.HERE.waits is None and stacks.whereabouts()[1]:  # NCCL's own watchdog would end the process without a word
+            return f"other ranks were waited for in vain for {waited:.0f} s: {self._view.late(now)[0]}"
         return None
 
     def _look_for_hang(self, now: float) -> None:
