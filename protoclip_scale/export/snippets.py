@@ -10,6 +10,7 @@ import open_clip, torch
 from PIL import Image
 
 model, preprocess = open_clip.create_model_from_pretrained("{open_clip}")
+model.eval()  # open_clip loads for training
 tokenizer = open_clip.get_tokenizer("{open_clip}")
 labels = ["a cat", "a red car"]
 with torch.no_grad():
