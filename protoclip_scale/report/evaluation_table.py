@@ -78,7 +78,7 @@ def rows_of_set(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> list
         rows.append(Row(f"few-shot {column}, {shots} a class", f"{percent(figures[key])} ± {spread}", percent(baseline.get(key)), reference))
     add("modality gap", "modality_gap", write=lambda value: number(value, 3))
     for modality in ("image", "text"):
-        add(f"{modality} effective rank", f"{modality}_effective_rank", write="{:.1f}".format)
+        add(f"{modality} effective rank", f"{modality}_effective_rank", write=lambda value: "-" if value is None else f"{value:.1f}")
     for column in _columns(figures, "kmeans"):
         add(f"k-means of images and {column}, AMI", f"kmeans/{column}/ami", "0", write=lambda value: number(value, 3))
     agreement = [key.split("/") for key in figures if key.startswith("clusters/") and key.endswith("/ami")]
