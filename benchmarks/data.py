@@ -1,6 +1,6 @@
 """Images a second and core from encoded bytes to a batch: this pipeline, PIL as open_clip uses it, and the webdataset package with both.
 
-    python benchmarks/data.py [--corpus FILE_OR_FOLDER]             compares the three (needs the extra `benchmark`)
+    python benchmarks/data.py [--corpus FILE_OR_FOLDER]             compares the three (needs the extra `bench`)
     python benchmarks/data.py --recipe FILE [--set key=value ...]   measures a recipe's own data and says what limits it
 
 One process, one thread, contestants in turn in every round, medians over the rounds. Rates are per second of processor time, so that other work on
@@ -83,7 +83,7 @@ def compare(chosen: argparse.Namespace, console: Console) -> dict:
     try:
         from data_parts import contestants
     except ImportError as error:
-        raise UserError(f"benchmarks/data.py compares with packages that are not all installed ({error}); run: pip install 'protoclip-scale[benchmark]'") from None
+        raise UserError(f"benchmarks/data.py compares with packages that are not all installed ({error}); run: pip install 'protoclip-scale[bench]'") from None
     from data_parts import pictures
 
     sets = [pictures.from_corpus(chosen.corpus, chosen.images // 64 * 64), pictures.like_photographs(chosen.images // 64 * 64)]

@@ -28,16 +28,27 @@ from tests.support import RECIPES, TINY, TINY_PROTOTYPES, zero_environment
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 CLUSTERED = ("prototype", "teacher")
+FOUR_PLACES = "model.image.size=64"  # of an image's tokens, where 32 pixels are one
+# recipe and settings that further objectives are tested with, on the demo recipe's rows
+FAMILY = {
+    "simclr": ("demo_clip.yaml", "objectives={simclr: {hidden_dim: 32, dim: 16}}"),
+    "mlm": ("demo_clip.yaml", "objectives={mlm: {}}", "model.text.mask_token=true"),
+    "siglip": ("demo_clip.yaml", "objectives={siglip: {}}"),
+    "filip": ("demo_filip.yaml", FOUR_PLACES, "objectives.filip.dim=16"),  # all tokens
+    "filip_selected": ("demo_clip.yaml", FOUR_PLACES, "objectives={clip: {weight: 0}, filip: {dim: 16, groups: 4}}"),
+    # multiview, simsiam, mlm and neighbour, whose queue is full from the start: an empty one gives no gradient in the first step
+    "declip": ("demo_declip.yaml", "model.text.mask_token=true", "objectives.simsiam.dim=32", "objectives.simsiam.predictor_dim=16", "objectives.neighbour.size=100", "objectives.neighbour.start=random"),
+}
 OBJECTIVES = ("clip", *CLUSTERED, "simclr", "mlm")
-# what each further objective is tested with, beside the demo recipe's rows
-FAMILY = {"simclr": ("objectives={simclr: {hidden_dim: 32, dim: 16}}",), "mlm": ("objectives={mlm: {}}", "model.text.mask_token=true")}
+FURTHER = tuple(name for name in FAMILY if name not in OBJECTIVES)  # in the slow tests alone
 SPOOL = "strategies"
 
 
 def recipe_with(objective: str, *more: str) -> Recipe:
-    """The demo recipe with one objective alone."""
+    """The demo recipe with one objective alone, or those of a method."""
     if objective not in CLUSTERED:
-        return load_recipe(RECIPES / "demo_clip.yaml", [*TINY, *FAMILY.get(objective, ()), *more])
+        file, *settings = FAMILY.get(objective, ("demo_clip.yaml",))
+        return load_recipe(RECIPES / file, [*TINY, *settings, *more])
     weights = [f"objectives.{name}.weight={float(name == objective)}" for name in ("clip", *CLUSTERED)]
     return load_recipe(RECIPES / "demo.yaml", [*TINY_PROTOTYPES, "episodes.warmup=0", *weights, *more])
 

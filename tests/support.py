@@ -38,6 +38,7 @@ TINY = (
     "run.log_steps=1",
     "run.trace_rows=true",
     "run.export=null",
+    "run.report=false",
     "evaluation=null",
 )
 TINY_PROTOTYPES = (*TINY, "prototypes.clusters=16", "prototypes.iterations=3", "prototypes.pictures=0")

@@ -22,8 +22,9 @@ def test_accumulation_beside_open_clip():
     found = run("accumulation", "--rows", "32", "--microbatches", "4")["errors"]
     for case in ("dropout 0", "dropout 0.1"):
         assert max(found[case]["ours"].values()) < 1e-9
-        assert found[case]["open_clip"]["logit_scale"] == pytest.approx(3, abs=0.1), "4 times the gradient"
+    assert found["dropout 0"]["open_clip"]["logit_scale"] == pytest.approx(3, abs=1e-6), "4 times the gradient"
     assert max(error for part, error in found["dropout 0"]["open_clip"].items() if part != "logit_scale") < 1e-9
+    assert found["dropout 0.1"]["open_clip"]["logit_scale"] > 2
     assert found["dropout 0.1"]["open_clip"]["text_tower"] > 0.1, "other masks the second time"
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import dataloader
 
 from protoclip_scale.data.batches import EpisodeBatches, make_loader
 from protoclip_scale.data.captions import choose_caption
@@ -148,6 +149,28 @@ def test_workers_change_nothing_and_a_dead_one_costs_no_batch(corpus, caplog):
     survivors += list(loader)
     assert batch_hash(*survivors) == batch_hash(*here)
     assert "a loader process died" in caplog.text
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_batch_that_cannot_be_had_of_a_dying_worker_is_made_here(corpus, caplog, monkeypatch, dies):
+    """Its memory is asked of the worker, whose connections end before it is seen to be dead."""
+    batches = corpus(tokenizer=tokenizer_for(schema.TextTower(context_length=16)), augmentation="protoclip_light")
+    loader = make_loader(batches, 1, 1)
+    survivors = [next(loader)]
+
+    def refused(self, timeout: float = 0) -> None:
+        if dies:
+            os.kill(self._workers[0].pid, signal.SIGKILL)
+        raise EOFError
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", refused)
+    monkeypatch.setattr("protoclip_scale.data.batches.DYING_SECONDS", 30 if dies else 0.2)
+    if not dies:
+        with pytest.raises(EOFError):
+            next(loader)
+        return
+    survivors += list(loader)
+    assert batch_hash(*survivors) == batch_hash(*make_loader(batches, 1, 0)) and "a loader process died" in caplog.text
 
 
 SIGNALLED = """

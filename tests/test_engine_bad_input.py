@@ -106,7 +106,7 @@ def test_the_run_directory_is_as_promised(finished):
     for name, facts in manifest["files"].items():
         assert (finished / "checkpoints/step-00000004" / name).stat().st_size == facts["bytes"] and len(facts["sha256"]) == 64
     kinds = {json.loads(line)["kind"] for line in (finished / "metrics.jsonl").read_text().splitlines()}
-    assert kinds == {"train", "checkpoint"}
+    assert kinds == {"train", "checkpoint", "phases"}
     table = pa.ipc.open_stream(next((finished / "trace").iterdir())).read_all()
     assert table.column_names == ["step", "source", "block", "row", "row_id"] and table.num_rows == 4 * 64
     assert "episode 1/1 train" in (finished / "log.txt").read_text()

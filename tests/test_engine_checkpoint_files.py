@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from protoclip_scale import collectives
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.checkpoint.pieces import Piece, ranges, replicated_pieces
-from protoclip_scale.engine.checkpoint.shards import Entry, Shard, write_shard
 from protoclip_scale.errors import UserError
+from protoclip_scale.tensor_files import Entry, Shard, write_shard
 from tests.support import mount_small_disk, needs_small_disk, spawn
 
 TENSORS = {

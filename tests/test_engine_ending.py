@@ -18,6 +18,7 @@ from protoclip_scale.data.sources.retry import retry
 from protoclip_scale.engine import ending as endings
 from protoclip_scale.engine import scratch, signals
 from protoclip_scale.engine.ending import Ending, may_pass
+from protoclip_scale.engine.report_writer import ReportWriter
 from protoclip_scale.engine.run_log import RunLog
 from protoclip_scale.engine.watch import NoWatch, heard, watch
 from protoclip_scale.engine.watch.heard import Beat, Failure, Member, this_member
@@ -50,7 +51,7 @@ def test_which_failures_may_be_gone_at_another_start(tmp_path, error, passes):
     """Job scripts read it from status.json."""
     assert may_pass(error) == passes
     ending = Ending(tmp_path, NoWatch())
-    ending.report_to(RunLog(tmp_path, 1, is_main=True), Console())
+    ending.report_to(RunLog(tmp_path, 1, is_main=True), Console(), ReportWriter(tmp_path, False, print))
     ending.failed(error)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and status.get("may_pass", False) == passes and "lost_rank" not in status
@@ -225,11 +226,11 @@ def test_status_is_written_before_the_terminal_gets_its_line_and_a_disk_that_han
             raise BrokenPipeError
 
     ending = Ending(tmp_path, NoWatch())
-    ending.report_to(RunLog(tmp_path, 1, is_main=True), Terminal())
+    ending.report_to(RunLog(tmp_path, 1, is_main=True), Terminal(), ReportWriter(tmp_path, False, print))
     with pytest.raises(BrokenPipeError):
         ending._ended_by_watch("lost rank 3 on h1")
     monkeypatch.setattr(endings, "STATUS_SECONDS", 0.05)
-    ending.report_to(SimpleNamespace(write_status=lambda *_, **__: hangs("")), Console())
+    ending.report_to(SimpleNamespace(write_status=lambda *_, **__: hangs("")), Console(), ReportWriter(tmp_path, False, print))
     ending._ended_by_watch("lost rank 3 on h1")
     assert capsys.readouterr().err.count("error: rank 0: lost rank 3 on h1") == 2
 

@@ -3,13 +3,18 @@
 import importlib.util
 import json
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
 from protoclip_scale.engine import checkpoint
 from protoclip_scale.evaluation.run import evaluate
-from protoclip_scale.export.open_clip_layout import export_open_clip
+from protoclip_scale.evaluation.tasks import task_keys
+from protoclip_scale.export.source import source_of_model
+from protoclip_scale.export.writing import export as write_export
 from protoclip_scale.models.build import build_model
 from protoclip_scale.recipe import dump, load_recipe
 from tests.support import CORPUS, RECIPES, ROOT, TINY, launch
@@ -63,7 +68,7 @@ def test_all_checkpoints_of_a_run_are_tabled_and_written(run_dir, recipe, tmp_pa
 
 def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):
     model = build_model(recipe, frozenset({"image", "text", "logit_scale"}), seed=5)
-    export = export_open_clip(model.eval(), recipe, tmp_path / "export")
+    export = write_export(source_of_model(model, recipe.model), "open_clip", tmp_path / "export")
     suite = tmp_path / "suite.yaml"
     suite.write_text(yaml.safe_dump({"sets": [{**UNSEEN, "files": str(CORPUS / UNSEEN["files"])}]}))
     out = tmp_path / "figures.json"
@@ -72,10 +77,57 @@ def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):
     assert not torch.is_inference_mode_enabled()
 
 
+@pytest.fixture
+def prepared(tmp_path):
+    """CIFAR-10 as tools/prepare_evaluation.py writes it, a hundred times too small: real pictures, two of each class."""
+    rows = pq.read_table(CORPUS / "val-00000-of-00001.parquet").slice(0, 20).to_pylist()
+    names = task_keys("cifar10")["classes"]
+    (tmp_path / "data/cifar10").mkdir(parents=True)
+    table = {"image": [row["image"]["bytes"] for row in rows], "caption": [[]] * 20, "class": [names[number % 10] for number in range(20)]}
+    pq.write_table(pa.table(table), tmp_path / "data/cifar10/shard-00000.parquet")
+    return tmp_path / "data"
+
+
+def test_a_suite_of_the_package_on_all_checkpoints(run_dir, prepared, tmp_path, capsys):
+    out, csv = tmp_path / "result.json", tmp_path / "result.csv"
+    command = ["--model", run_dir, "--checkpoint", "all", "--suite", "protoclip10", "--sets", "cifar10", "--data", prepared, "--classifiers", tmp_path / "texts", "--allow-subset"]
+    assert script().main([*map(str, command), "--out", str(out), "--csv", str(csv)]) == 0
+    found = json.loads(out.read_text())["results"]
+    assert len(list((tmp_path / "texts").rglob("cifar10.class.safetensors"))) == len(found) == 2  # their text towers differ
+    for result in found:
+        facts, figures = result["sets"]["cifar10"], result["figures"]
+        assert (facts["n"], facts["rows_expected"], facts["subset_allowed"], facts["templates"], facts["prompts"]) == (20, 10_000, True, 18, "ensemble")
+        assert facts["classes"] == {"class": 10} and facts["value"] == figures["cifar10/zero_shot/class/top1"] and facts["preprocessing"]["size"] == 32
+        assert "protoclip10/average" not in figures and "cifar10/retrieval/mean_recall" not in figures
+    frame = pd.read_csv(csv)
+    assert list(frame.columns) == ["model", "step", "weights", "key", "value"] and sorted(frame.step.unique()) == [20, 100]
+    assert script().main([*map(str, command), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["results"] == found  # with the classifiers that are there
+    assert script().main([*map(str, command), "--prompts", "names"]) == 1
+    assert "of other templates than this evaluation" in capsys.readouterr().err
+
+
+def test_a_suite_has_an_average(run_dir, tmp_path, capsys):
+    suite = tmp_path / "mine.yaml"
+    sets = [{**UNSEEN, "files": str(CORPUS / UNSEEN["files"])}, {"name": "pairs", "files": str(CORPUS / "val-*.parquet")}]
+    suite.write_text(yaml.safe_dump({"name": "mine", "sets": sets}))
+    out = tmp_path / "result.json"
+    assert script().main(["--model", str(run_dir), "--suite", str(suite), "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())["results"][0]["figures"]
+    assert figures["mine/average"] == pytest.approx((figures["unseen/zero_shot/coarse/top1"] + figures["pairs/retrieval/mean_recall"]) / 2)
+    assert f"mine/average (demo_clip, step 100): {figures['mine/average']:.1%}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "{tmp}/nowhere"], "does not exist"),
+        (["--model", "{run}", "--suite", "protoclip10", "--data", "{tmp}"], "no files match"),
+        (["--model", "{run}", "--suite", "protoclip10", "--sets", "cifar10", "--data", "{tmp}/data"], "20 rows where there must be 10,000"),
+        (["--model", "{run}", "--suite", "protoclip10", "--sets", "cifar"], "did you mean cifar10"),
+        (["--model", "{run}", "--suite", "protoclip11"], "protoclip10"),
+        (["--model", "{run}", "--out", "{tmp}/typo.yaml/out.json"], "--out"),
+        (["--model", "{run}", "--csv", "{tmp}/typo.yaml/out.csv"], "--csv"),
         (["--model", "{tmp}"], "neither a run directory"),
         (["--model", "{run}", "--checkpoint", "60"], "steps there are: 20, 100"),
         (["--model", "{run}", "--weights", "ema"], "holds no averaged weights"),
@@ -86,7 +138,7 @@ def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):
         (["--model", "{run}", "--suite", "{tmp}/lost.yaml"], "no files match"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(arguments, message, run_dir, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_1(arguments, message, run_dir, prepared, tmp_path, capsys):
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"sets": [{**UNSEEN, "exclud": {}}]}))
     (tmp_path / "empty.yaml").write_text("batch: 3\n")
     (tmp_path / "lost.yaml").write_text(yaml.safe_dump({"sets": [{**UNSEEN, "files": "lost-*.parquet"}]}))

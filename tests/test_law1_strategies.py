@@ -7,6 +7,7 @@ import torch
 from protoclip_scale import collectives
 from protoclip_scale.engine import strategy as strategies
 from tests.strategies import (
+    FURTHER,
     OBJECTIVES,
     STRATEGIES,
     batches_of,
@@ -105,6 +106,13 @@ def test_zero2_equals_one_process(one_process, spool_folder):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_equals_one_process_for_every_objective(one_process, spool_folder, strategy):
     assert_law(one_process, spool_folder, strategy, OBJECTIVES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero2_equals_one_process_for_further_objectives(spool_folder):
+    """Those of the recipes demo_declip and demo_filip among them; in three steps what a queue remembers counts as well."""
+    assert_law(spawn(measured, 1, spool_folder, FURTHER, ("fp32",))[0], spool_folder, "zero2", FURTHER)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Every command in README.md is run as it stands there, made small by ``--set``; or it is in the list below with the reason why not."""
 
+import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -10,6 +12,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from protoclip_scale.engine import command as pretrain_command
 from protoclip_scale.recipe import load_recipe
@@ -26,11 +29,15 @@ RUN_ELSEWHERE = {
     "python launch/slurm/submit.py recipes/yfcc15m.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00": "tests/test_slurm_scripts.py",
     "python tools/gather_images.py --list conceptual_captions --out data/cc3m Train_GCC-training.tsv": "3 million downloads; tests/test_preparation_gather.py has a server",
     "python tools/extract_teacher.py --recipe recipes/yfcc15m.yaml --set data.root=DATA --model minilm --caption first --dim 64 --out DATA/teacher": "tests/test_launch_commands.py",
+    "python tools/prepare_evaluation.py protoclip10 --out data/evaluation": "fetches over the network; tests/test_preparation_held_out.py has a server",
+    "accelerate launch --num_processes 1 launch/evaluate.py --model open_clip:ViT-B-32:laion2b_s34b_b79k --suite protoclip10 --out result.json --csv result.csv": "needs what the line before fetches; tests/test_evaluation_launch.py has a small set",
+    "python tools/watch.py runs/demo --until-done": "tests/test_tools_watch.py, before training and after",
+    "python tools/compare.py runs/demo --baseline runs/demo --out runs/demo/comparison": "tests/test_tools_compare.py, which has runs to compare",
 }
 
 
 def is_data_tool(command: str) -> bool:
-    return command.startswith(("python tools/", "python benchmarks/"))
+    return command.startswith(("python tools/", "python benchmarks/")) and "runs/demo" not in command
 
 
 def settings(command: str) -> tuple[str, ...]:
@@ -45,6 +52,8 @@ def after_training(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     (folder / "runs").mkdir()
     assert pretrain(folder / "runs/demo", "demo.yaml", (*TINY_PROTOTYPES, "schedule.total=2 episodes")) == [0], output(folder / "runs/demo")
+    (row,) = pq.read_table(CORPUS / "val-00000-of-00001.parquet").slice(0, 1).to_pylist()
+    Image.open(io.BytesIO(row["image"]["bytes"])).save(folder / "photo.jpg")
     return folder
 
 
@@ -56,6 +65,8 @@ def test_the_list_of_exceptions_is_true():
     scripts = (ROOT / "tests/test_slurm_scripts.py").read_text()
     assert '"recipes/yfcc15m.yaml", "--nodes"' in scripts and "launch/slurm/cluster.env.example" in scripts
     assert '"--fetch"' in (ROOT / "tests/test_engine_prefetch.py").read_text()
+    assert "tools/prepare_evaluation.py" in (ROOT / "tests/test_preparation_held_out.py").read_text() and '"protoclip10"' in (ROOT / "tests/test_evaluation_launch.py").read_text()
+    assert '"--until-done"' in (ROOT / "tests/test_tools_watch.py").read_text() and '"--baseline"' in (ROOT / "tests/test_tools_compare.py").read_text()
     assert "conceptual_captions" in (ROOT / "tests/test_preparation_gather.py").read_text()
 
 
@@ -84,25 +95,40 @@ def test_pretrain_lines(command, tmp_path, capsys):
             assert pretrain_command.main([*arguments, "--run-dir", str(tmp_path / "run"), *overrides(short)]) == 0
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "runs/demo" in c and "pretrain.py" not in c])
-def test_evaluate_and_export_lines(command, after_training):
+def is_of_demo(command: str) -> bool:
+    return "runs/demo" in command and "pretrain.py" not in command and command not in RUN_ELSEWHERE
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if is_of_demo(c) and c.startswith("accelerate")])
+def test_evaluate_lines(command, after_training):
     words = shlex.split(command)
-    program = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else [sys.executable, *words[1:]]
     suite = after_training / "suite.yaml"
     suite.write_text(f"sets: [{{name: val, files: {CORPUS}/val-*.parquet, classify: [coarse]}}]\n")
-    if "evaluate.py" in command:
-        program += ["--suite", str(suite)]
+    program = [sys.executable, "-m", "accelerate.commands.launch", *words[2:], "--suite", str(suite)]
     done = subprocess.run(program, cwd=after_training, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_python_lines_load_the_export(after_training):
+@pytest.mark.parametrize("command", [c for c in COMMANDS if is_of_demo(c) and c.startswith("python")])
+def test_export_and_classify_lines(command, after_training, monkeypatch, capsys):
+    """One after the other. In this process: an import takes seconds."""
+    words = shlex.split(command)
+    monkeypatch.chdir(after_training)
+    place = runpy.run_path(str(ROOT / words[1]), run_name="script") if words[1] != "-m" else runpy.run_module(words[2], run_name="script")
+    assert place["main"](words[2 + (words[1] == "-m") :]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_python_lines_load_the_export(after_training, monkeypatch):
     out = after_training / "runs/demo/for_open_clip"
+    monkeypatch.chdir(after_training)
     if not out.exists():
-        subprocess.run([sys.executable, "launch/export.py", "--run", "runs/demo", "--layout", "open_clip", "--out", out], cwd=after_training, check=True)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    done = subprocess.run([sys.executable, "-c", code + "\nprint(tuple(text.shape))"], cwd=after_training, capture_output=True, text=True)
-    assert done.returncode == 0 and "(2, 32)" in done.stdout, done.stderr
+        assert runpy.run_path(str(ROOT / "launch/export.py"), run_name="script")["main"](["--run", "runs/demo", "--layout", "open_clip", "--out", str(out)]) == 0
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(f"{block}\nprint(tuple(text.shape))" for block in blocks)
+    done = subprocess.run([sys.executable, "-c", code], cwd=after_training, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and len(blocks) == 2 and "(3, 32)" in done.stdout and "(2, 32)" in done.stdout, done.stderr
+    assert all(re.search(rf"\d\.\d{{3}} {label}", done.stdout) for label in ("a cat", "a dog", "a red car"))
     shutil.rmtree(out)
 
 

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import connection
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import schema
 
 logger = logging.getLogger(__name__)
+DYING_SECONDS = 5.0  # from the end of a worker's connections to its own
 AUGMENTATIONS_OF_PURPOSE = {"train": lambda data: (data.augmentation, data.text_augmentation), "extract": lambda data: ("none", "none")}
 
 
@@ -249,8 +251,10 @@ def make_loader(batches: EpisodeBatches, first_step: int = 0, workers: int = 0, 
                     raise value
                 yield value
                 step += 1
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A batch's memory is asked of the worker that made it; torch may find that one alive while it dies.
+            told = isinstance(error, RuntimeError) and "exited unexpectedly" in str(error)
+            if not told and (isinstance(error, RuntimeError) or not connection.wait([worker.sentinel for worker in values._workers], DYING_SECONDS)):
                 raise
             logger.warning("a loader process died; the batches from step %d on are made in the training process", step)
     while step < len(batches):

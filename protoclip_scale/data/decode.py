@@ -105,7 +105,7 @@ def decode_with_pil(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # 
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(*image.size, limits)
                 image.load()
-                return torch.from_numpy(np.array(_opaque_rgb(_upright(image)))).permute(2, 0, 1)
+                return pixels_of(image)
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
@@ -114,6 +114,11 @@ def decode_with_pil(data: bytes, limits: Limits = Limits()) -> torch.Tensor:  # 
         raise BadImage(f"too many pixels: {error}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise BadImage(f"truncated or corrupt: {error}") from None
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, H, W] of an opened image: upright, its first frame, on white."""
+    return torch.from_numpy(np.array(_opaque_rgb(_upright(image)))).permute(2, 0, 1)
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:

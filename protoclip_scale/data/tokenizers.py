@@ -152,7 +152,8 @@ class EncoderTokenizer(_Ids):
         return self._tokenizer.decode([token for token in ids if token == self.mask_id or token not in self.special_ids])
 
     def save(self, folder: str | Path) -> None:
-        """The files transformers wrote it with."""
+        """The files transformers wrote it with; they cut texts where this one does."""
+        self._tokenizer.model_max_length = self.context_length
         self._tokenizer.save_pretrained(str(folder))
 
 

@@ -56,13 +56,14 @@ def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return image[:, top : top + height, left : left + width]
 
 
-def eval_transform(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Shorter side to ``size``, then the middle square: uint8 [3, size, size]."""
+def eval_transform(image: torch.Tensor, size: int, interpolation: str = "bicubic", square: bool = True) -> torch.Tensor:
+    """Shorter side to ``size``, then the middle square: uint8 [3, size, size]; without ``square`` the whole of what was resized."""
     shorter = min(image.shape[1:])
     image = center_crop(image, min(image.shape[1], MAX_ASPECT * shorter), min(image.shape[2], MAX_ASPECT * shorter))
     height, width = image.shape[1:]
     scaled = (size, size * width // height) if height <= width else (size * height // width, size)
-    return center_crop(resize(image, *scaled), size, size)
+    resized = resize(image, *scaled, interpolation)
+    return center_crop(resized, size, size) if square else resized
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, int, int, int]:

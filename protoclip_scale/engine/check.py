@@ -31,9 +31,11 @@ from protoclip_scale.engine.model_cost import measure
 from protoclip_scale.engine.optimizer import rate_factors
 from protoclip_scale.engine.restore import ask_once, copies_of
 from protoclip_scale.engine.schedules import Schedule
+from protoclip_scale.engine.trackers import missing
 from protoclip_scale.errors import UserError
-from protoclip_scale.evaluation.sets import load_set
-from protoclip_scale.export.open_clip_layout import check_open_clip
+from protoclip_scale.evaluation.sets import checked_set
+from protoclip_scale.evaluation.suites import suite_of_recipe
+from protoclip_scale.export.writing import LAYOUTS, try_layout
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.parts import parameters_of
@@ -156,7 +158,8 @@ class Check:
             self._recorded_bytes(recipe)
         if model is None:
             return
-        self.remarks += [f"open_clip cannot express this model, so it cannot be exported there: {reason}" for reason in check_open_clip(recipe)]
+        for layout in LAYOUTS:  # with the random weights that the model has here
+            self.remarks += [f"{layout} cannot express this model, so it cannot be exported there: {reason}" for reason in try_layout(layout, model, recipe.model)]
         if not self._trained(model):
             return
         counted = measure(recipe, objectives)
@@ -228,10 +231,10 @@ class Check:
 
     def evaluation(self) -> None:
         """Rows of the held-out sets."""
-        settings = self.recipe.evaluation
+        suite = self.attempt(lambda: suite_of_recipe(self.recipe))
         rows = []
-        for each in (*settings.sets, *([settings.probe_train] if settings.probe_train else [])):
-            held_out = self.attempt(lambda each=each: load_set(each, self.recipe.data.root, self.recipe.data.retry_seconds))
+        for each in suite.every_set if suite else ():
+            held_out = self.attempt(lambda each=each: checked_set(each, suite))
             rows.append((each.name, f"{len(held_out):,} rows" if held_out else "not usable"))
         if rows:
             self.table("Held-out sets", rows)
@@ -249,6 +252,8 @@ class Check:
             self.remarks += ask_once(copies)[1]
             if self.plan and refresh.looks_back(recipe, self.plan):
                 self.remarks.append("run.copy_to takes no recorded features along: with this prototypes.refresh a run cannot go on from the copies alone")
+        if line := missing(recipe.run.trackers):
+            self.problems.append(line)
         start = recipe.model.init_from
         if start is not None and not start.startswith("open_clip:") and not Path(start).exists():
             self.problems.append(f"model.init_from {start}: there is no such folder; name a run, an export, a transformers CLIP, or open_clip:NAME/TAG")

@@ -19,6 +19,7 @@ from protoclip_scale.data.tokenizers import ClipTokenizer, EncoderTokenizer
 from protoclip_scale.data.views import Views
 from protoclip_scale.engine.learning import LearningWatch
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
+from protoclip_scale.engine.report_writer import ReportWriter
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.signals import StopFlag
@@ -94,12 +95,18 @@ class RunContext:
     trace: RowTrace
     nonfinite: NonFiniteSteps
     learning: LearningWatch
+    report: ReportWriter
     samples_trained: int = 0
 
     def samples_per_second(self) -> float | None:
         """Over all train phases of this attempt, waiting included."""
         seconds = self.clock.seconds.get("train", 0.0)
         return self.samples_trained / seconds if seconds and self.samples_trained else None
+
+    def log_phases(self, step: int) -> None:
+        """A line with the seconds that each phase of this attempt has taken so far."""
+        samples = step * self.recipe.data.plan.global_batch
+        self.log.metrics("phases", step=step, samples=samples, **{f"seconds/{name}": round(seconds, 3) for name, seconds in self.clock.seconds.items()})
 
     @contextlib.contextmanager
     def phase(self, name: str, episode: int, total: int | None, unit: str, done: int = 0) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.disk import disk_problem
+from protoclip_scale.engine.report_writer import ReportWriter
 from protoclip_scale.engine.run_log import RunLog
 from protoclip_scale.engine.watch import NoWatch, aside
 from protoclip_scale.errors import STOPPED_EXIT_CODE, LostRank, UserError
@@ -39,20 +40,23 @@ class Ending:
         self._folder, self._watch = folder, watch
         self._log: RunLog | None = None
         self._console = Console()
+        self._report = ReportWriter(folder, False, self._console.event)
 
-    def report_to(self, log: RunLog, console: Console) -> None:
-        self._log, self._console = log, console
+    def report_to(self, log: RunLog, console: Console, report: ReportWriter) -> None:
+        self._log, self._console, self._report = log, console, report
         self._watch.report_to(self._folder, self._tell, self._ended_by_watch)
 
     def done(self) -> None:
         self._watch.close()
         self._log.write_status("done", 0, resumable=False)
+        self._report.finish()
         self._console.close()
 
     def stopped(self) -> None:
         self._watch.close()
         self._console.close()
         self._log.write_status("stopped", STOPPED_EXIT_CODE, "stopped by a signal after a checkpoint was saved")
+        self._report.leave()
         self._console.event("stopped by a signal; the same command goes on from the checkpoint")
 
     def failed(self, error: BaseException) -> BaseException:
@@ -72,6 +76,7 @@ class Ending:
         self._write_status(line, lost_rank=isinstance(error, LostRank), may_pass=passes)
         self._watch.failed(line, own=not isinstance(error, LostRank))
         self._watch.close()
+        self._report.leave()
         return error
 
     def _write_status(self, line: str, **facts: bool) -> None:

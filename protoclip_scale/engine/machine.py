@@ -7,6 +7,7 @@ written. So a run killed anywhere repeats at most the unfinished phase.
 
 import contextlib
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -84,7 +85,8 @@ class EpisodeMachine:
                     self._move(phase="evaluate")
                     self._save()
                 elif self.cursor.phase == "evaluate":
-                    self._evaluate(episode)
+                    if self._evaluates(episode) or self._every_steps():
+                        self._evaluate(episode)
                     self.prototypes = None
                     finished = self.cursor.step >= self.run.schedule.total_steps
                     self._move(phase="done" if finished else "fetch", episode=episode if finished else episode + 1, step_in_episode=0)
@@ -211,12 +213,14 @@ class EpisodeMachine:
         with self.run.phase("train", episode, total=num_steps, unit="steps", done=done), self.profiler.episode():
             batches = (self.head_start and self.head_start.take(episode, done)) or train_batches(self.run, self.plan, done)
             left = batches if done < num_steps else iter(())  # none, if the run was stopped after its last step
+            self._evaluate_within(episode, num_steps)  # what a kill or a stop came between
             for step in train_episode(self.run, self.trainer, left, episode, self.cursor.step, self.prototypes, recorder, self.throughput, self.profiler):
                 self._move(step=step, step_in_episode=step - first)
                 if not self.ahead and episode + 1 < self.run.schedule.num_episodes:
                     self.ahead = Fetch(self.run, episode + 1)
                 if every and step % every == 0 and step - first < num_steps:  # the last one saves after the loop
                     self._save()
+                self._evaluate_within(episode, num_steps)
                 self.tell_of_copies()
                 self.run.stop.heed()
         with self.run.clock.measure("records"):
@@ -227,11 +231,24 @@ class EpisodeMachine:
         every, last = self.run.recipe.evaluation.every_episodes, episode + 1 == self.run.schedule.num_episodes
         return last or bool(every and (episode + 1) % every == 0)
 
-    def _evaluate(self, episode: int) -> None:
-        if not self.run.recipe.evaluation.sets or not self._evaluates(episode):
-            return
+    def _every_steps(self) -> bool:
+        """Whether ``evaluation.every_steps`` is due at the cursor's step."""
+        every = self.run.recipe.evaluation.every_steps
+        return bool(every and self.cursor.step and self.cursor.step % every == 0)
+
+    def _evaluate_within(self, episode: int, num_steps: int) -> None:
+        """Between two steps of an episode of ``num_steps``, if one is due; its time is no part of training's speed."""
+        done, began = self.cursor.step_in_episode, time.perf_counter()
+        if 0 < done < num_steps and self._every_steps() and self._evaluate(episode):
+            self.throughput.paused += time.perf_counter() - began
+            self.run.console.phase("train", episode + 1, self.run.schedule.num_episodes, num_steps, "steps", done)
+
+    def _evaluate(self, episode: int) -> bool:
+        """Whether there was anything to do: a step is evaluated once."""
+        if not self.run.recipe.evaluation.sets:
+            return False
         if collectives.from_rank_zero(lambda: self.run.log.last("eval", self.cursor.step)):
-            return
+            return False
         with self.run.phase("evaluate", episode, total=None, unit="sets"):
             event("evaluate.start")
             with self.trainer.averaged(), self.trainer.strategy.evaluating() as model:
@@ -239,6 +256,8 @@ class EpisodeMachine:
         mark = {"weights": "ema"} if self.trainer.average else {}
         self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **mark, **figures)
         self.run.console.evaluation(figures)
+        self.run.report.ask()
+        return True
 
     @property
     def _samples(self) -> int:
@@ -268,6 +287,8 @@ class EpisodeMachine:
             checkpoint.prune(self.run.folder, settings.keep_checkpoints, settings.keep_every_steps, self.copier.in_use if self.copier else ())
             self.records.forget(self.cursor)
             self.run.log.once("checkpoint", step=self.cursor.step, samples=self._samples, path=f"checkpoints/{folder.name}")
+            self.run.log_phases(self.cursor.step)
+            self.run.report.ask()
 
     def _publish(self, folder: Path, pieces: Iterable[checkpoint.Piece], cursor: Cursor, weights: bool = False) -> None:
         about = checkpoint.describe(

@@ -16,6 +16,7 @@ from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.prototypes.mapped import let_pages_go
 from protoclip_scale.prototypes.store import BLOCK_ROWS
 from protoclip_scale.report.caption_words import telling_words
+from protoclip_scale.report.prototype_cards import write_cards
 from protoclip_scale.report.prototype_grid import Prototype
 from protoclip_scale.report.prototype_grid import draw_prototypes as draw_grid
 from protoclip_scale.report.prototype_map import LABELLED, MappedSet, draw_map
@@ -28,7 +29,8 @@ STUDENTS = ("image", "text")
 
 
 def draw_prototypes(run: RunContext, rows: ClusterRows, labels: dict[str, list[np.ndarray]], prototypes: EpisodePrototypes) -> None:
-    """``pictures/prototypes-<episode>-<what>.png``: ``sizes``, ``map``, and for each labeling a grid of its largest, tightest and some random prototypes.
+    """``pictures/prototypes-<episode>-<what>.png``: ``sizes``, ``map``, and for each labeling a grid of its largest, tightest and some random prototypes, whose
+    cards are kept as JSON for the HTML report, too.
 
     ``labels``: by labeling, of the own lanes' ``rows``, -1 for rows that have none. A collective: sizes are those of all rows; the rest is drawn by rank 0
     from its own lanes. Where its spool no longer holds the rows (a run resumed on another machine) the grids and the words of the map are left out.
@@ -47,6 +49,7 @@ def draw_prototypes(run: RunContext, rows: ClusterRows, labels: dict[str, list[n
     for name in labels if drawn.has_rows else ():
         chosen = drawn.sections(name, sizes[name])
         draw_grid(f"{stem}-{name}.png", f"{title}: {name} clusters, with the rows nearest to each prototype", chosen)
+        write_cards(Path(f"{stem}-{name}.json"), name, prototypes.episode + 1, chosen)
 
 
 def newest_pictures(folder: Path) -> list[Path]:

@@ -60,9 +60,11 @@ def fetch(recipe: Recipe) -> None:
 
 def _without_a_hub(recipe: Recipe) -> list[str]:
     """What else a user may expect here: the tokenizer and texts that need no hub, and rows that jobs read over the network."""
+    from protoclip_scale.evaluation.suites import suite_of_recipe
+
     lines = ["nothing to fetch for CLIP's tokenizer: it is packaged"] if recipe.model.text.name == "clip" else []
-    if prompts := sum(len(each.templates) for each in recipe.evaluation.sets if each.classify):
-        lines.append(f"nothing to fetch for prompts: {prompts} stand{'s' * (prompts == 1)} in the recipe")
+    if prompts := sum(len(each.prompt_templates) for each in suite_of_recipe(recipe).evaluation.sets if each.classify):
+        lines.append(f"nothing to fetch for prompts: {prompts} stand{'s' * (prompts == 1)} in the recipe or in the package's tasks")
     for source in recipe.data.sources:
         if source.hub or any("://" in place for place in (*source.patterns, recipe.data.root)):
             lines.append(f"not fetched: data.sources {redact_text(source.label)} is read over the network while training" + ("; start jobs with HF_HUB_OFFLINE=0" if source.hub else ""))

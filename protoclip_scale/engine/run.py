@@ -25,6 +25,7 @@ from protoclip_scale.engine.ending import Ending
 from protoclip_scale.engine.head_start import HeadStart
 from protoclip_scale.engine.learning import LearningWatch
 from protoclip_scale.engine.nonfinite import NonFiniteSteps
+from protoclip_scale.engine.report_writer import ReportWriter
 from protoclip_scale.engine.run_folder import Start, check_sources, open_run, pinned
 from protoclip_scale.engine.run_log import PhaseClock, RunLog
 from protoclip_scale.engine.schedules import Schedule
@@ -34,9 +35,11 @@ from protoclip_scale.engine.signals import StopFlag
 from protoclip_scale.engine.trace import RowTrace
 from protoclip_scale.engine.watch import begin as begin_watch
 from protoclip_scale.errors import Stopped, UserError
+from protoclip_scale.files import publish_json
 from protoclip_scale.objectives import build_objectives, views_of
 from protoclip_scale.recipe import Recipe
-from protoclip_scale.report.console import make_console
+from protoclip_scale.recipe.changes import against_base
+from protoclip_scale.report.console import Console, make_console
 
 
 def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
@@ -56,12 +59,13 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
         is_main = collectives.rank() == 0
         log = RunLog(folder, start.attempt, is_main)
         console = make_console(is_main, folder / "log.txt", None)
-        ending.report_to(log, console)
+        report = ReportWriter(folder, is_main and recipe.run.report, console.event)
+        ending.report_to(log, console, report)
         if collectives.world_size() > 1:
             check_shared(folder, start.attempt)
         log.write_status("running")
         device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = _context(recipe, folder, start, device, stop, log, console)
+        run = _context(recipe, folder, start, device, stop, log, console, report)
         head_start = HeadStart(run, _resumed_at(start)) if start.manifest else None
         from protoclip_scale.engine.attempt import train  # the models' libraries, seconds of imports
 
@@ -84,7 +88,9 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
 def _opened(folder: Path, recipe: Recipe, options: argparse.Namespace) -> Start:
     """For rank 0."""
     with disk_told(folder):
-        return open_run(folder, recipe, options.resume, options.extend)
+        start = open_run(folder, recipe, options.resume, options.extend)
+        publish_json(folder / "recipe_changes.json", against_base(options.recipe, options.set))
+        return start
 
 
 def _resumed_at(start: Start) -> Cursor:
@@ -96,7 +102,7 @@ def _resumed_at(start: Start) -> Cursor:
     return checkpoint.cursor_of(added or start.manifest)
 
 
-def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console) -> RunContext:
+def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, stop: StopFlag, log: RunLog, console: Console, report: ReportWriter) -> RunContext:
     readers = collectives.from_rank_zero_patiently(lambda: open_readers(pinned(recipe.data, folder)), meanwhile=stop.agree)
     views = views_of(build_objectives(recipe))
     wordnet = open_wordnet().digest if "eda" in {recipe.data.text_augmentation, *views.texts.values()} else None
@@ -136,6 +142,7 @@ def _context(recipe: Recipe, folder: Path, start: Start, device: torch.device, s
         trace=RowTrace(folder, start.attempt, enabled=recipe.run.trace_rows),
         learning=LearningWatch(log, console.event, recipe.run.learning_watch_steps, recipe.data.plan.global_batch),
         nonfinite=NonFiniteSteps(recipe.optim.nonfinite_skips, scales_loss=recipe.optim.precision == "fp16"),
+        report=report,
     )
 
 

@@ -19,7 +19,7 @@ from protoclip_scale.files import overwrite_json, publish_json, publish_text
 from protoclip_scale.redact import redact_text, redacted
 from protoclip_scale.report.plain import append_log
 
-KINDS = ("train", "episode", "kmeans", "eval", "checkpoint", "warning")
+KINDS = ("train", "episode", "kmeans", "eval", "checkpoint", "phases", "warning")
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "timm", "datasets", "faiss-cpu", "faiss-gpu", "numpy", "deepspeed")
 
 

@@ -11,6 +11,7 @@ from protoclip_scale.engine import checkpoint
 from protoclip_scale.engine.context import RunContext
 from protoclip_scale.engine.pictures import newest_pictures
 from protoclip_scale.engine.strategy import Strategy
+from protoclip_scale.report.html import NAME
 
 
 def shown(path: Path) -> str:
@@ -64,6 +65,7 @@ def last_facts(run: RunContext, memory_gb: float, memory_after_imports_gb: float
         "checkpoint": shown(newest[-1]) if newest else None,
         "export": shown(export) if export else None,
         "export_command": None if export else f"python launch/export.py --run {shown(run.folder)} --layout open_clip --out DIR",
+        "report": shown(run.folder / NAME) if run.recipe.run.report else None,
         "pictures": [shown(path) for path in pictures if path.exists()],
         "notes": [
             *(["evaluated and exported are the averaged weights (optim.ema)"] if run.recipe.optim.ema else []),

@@ -35,10 +35,11 @@ class Throughput:
         self._count: Callable[[], ModelCost] = lambda: measure(recipe, objectives)
         self._cost: ModelCost | None = None
         self._sample: Flops | None = None
+        self.paused = 0.0  # seconds of the window in which training waited for an evaluation
         self._forget()
 
     def _forget(self) -> None:
-        self._steps, self._captions, self._tokens, self._squares = 0, 0, 0, 0
+        self._steps, self._captions, self._tokens, self._squares, self.paused = 0, 0, 0, 0, 0.0
 
     def begin(self, wants: frozenset[str], trained: Iterable[str]) -> None:
         """An episode, in which every step computes and trains these."""

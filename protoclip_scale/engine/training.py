@@ -80,7 +80,7 @@ def train_episode(
         throughput.add(batch.token_lengths)
         step, window_steps = step + 1, window_steps + 1
         if step % recipe.run.log_steps == 0 or step == total:
-            elapsed = time.perf_counter() - window_start
+            elapsed = time.perf_counter() - window_start - throughput.paused
             figures = _averaged(loss) | {
                 "lr": trainer.schedule.learning_rates(step - 1)["other"],
                 "gradient_norm": update.norm,

@@ -2,6 +2,8 @@
 
 import torch
 
+from protoclip_scale.prototypes.quality import feature_figures
+
 
 def modality_figures(images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
     """Figures of n pairs of unit rows [n, D], an image and its first caption each.
@@ -16,3 +18,12 @@ def modality_figures(images: torch.Tensor, texts: torch.Tensor) -> dict[str, flo
         "image_feature_std": images.std(0, correction=0).mean().item(),
         "text_feature_std": texts.std(0, correction=0).mean().item(),
     }
+
+
+def space_figures(images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
+    """How much of the space n pairs of unit rows [n, D] fill: ``image_effective_rank``, ``text_effective_rank``: exp of the entropy of the singular values, 1 for a
+    collapsed tower, D for rows that fill all directions evenly. ``image_self_similarity``, ``text_self_similarity``: mean cosine of two different rows, 1 for a collapsed
+    tower. None of one row. Cost: an SVD of each.
+    """
+    found = feature_figures({"image": images.numpy(), "text": texts.numpy()})
+    return {key.replace("/", "_"): value for key, value in found.items() if "/" in key}

@@ -2,15 +2,46 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 
 from protoclip_scale.data.decode import BadImage, Limits, decode_image
-from protoclip_scale.data.transforms import eval_transform
+from protoclip_scale.data.transforms import center_crop, eval_transform
+from protoclip_scale.data.transforms import resize as resize_to
 from protoclip_scale.evaluation.sets import HeldOutRows
 
 BUDGET_BYTES = 1_000_000_000
 NUM_DECODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images: the shorter side to ``resize`` pixels (``squash``: both sides, whatever the shape), then the middle square of ``size``.
+    ``mean`` and ``std`` are told here and applied by the model."""
+
+    size: int
+    resize: int | None = None  # size, if not told otherwise
+    interpolation: str = "bicubic"
+    squash: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, value: "int | Preprocessing") -> Self:
+        """A size alone stands for our own: the shorter side to it, bicubic."""
+        return value if isinstance(value, cls) else cls(value)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"resize": self.resize or self.size}
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [3, H, W] -> uint8 [3, size, size]."""
+        resize = self.resize or self.size
+        if self.squash:
+            return eval_transform(resize_to(image, resize, resize, self.interpolation), self.size)
+        return center_crop(eval_transform(image, resize, self.interpolation, square=False), self.size, self.size)
 
 
 class PixelStore:
@@ -20,8 +51,9 @@ class PixelStore:
     holds only the rows that it was asked for.
     """
 
-    def __init__(self, size: int, limits: Limits, budget_bytes: int = BUDGET_BYTES):
-        self.size = size
+    def __init__(self, preprocessing: int | Preprocessing, limits: Limits, budget_bytes: int = BUDGET_BYTES):
+        self.preprocessing = Preprocessing.of(preprocessing)
+        self.size = self.preprocessing.size
         self.limits = limits
         self.bytes_left = budget_bytes
         self._kept: dict[HeldOutRows, dict[int, torch.Tensor | None] | None] = {}
@@ -55,6 +87,6 @@ class PixelStore:
 
     def _decode_one(self, encoded: bytes) -> torch.Tensor | None:
         try:
-            return eval_transform(decode_image(encoded, self.limits), self.size)
+            return self.preprocessing(decode_image(encoded, self.limits))
         except BadImage:
             return None

@@ -1,1 +1,1 @@
-"""Exports in the layouts that other libraries load."""
+"""Layouts that other libraries load, the model card and the Hub."""

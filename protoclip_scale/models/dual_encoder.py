@@ -18,7 +18,18 @@ from protoclip_scale.models.heads import PROTOTYPE_HEADS, Head, Widths
 from protoclip_scale.models.image import ImageTower
 from protoclip_scale.models.microbatches import in_microbatches
 from protoclip_scale.models.outputs import TowerOutput
-from protoclip_scale.models.passes import SIDES, Pass, at_least_fp32, closure, in_full_precision, plan_pass, side_of, users_of
+from protoclip_scale.models.passes import (
+    BEFORE_THE_EMBEDDING,
+    SIDES,
+    Pass,
+    at_least_fp32,
+    closure,
+    in_full_precision,
+    plan_pass,
+    side_of,
+    sources,
+    users_of,
+)
 from protoclip_scale.models.scale import LogitScale
 from protoclip_scale.models.text import TextTower
 from protoclip_scale.recipe import schema
@@ -41,8 +52,8 @@ class DualEncoder(nn.Module):
 
     ``forward`` computes the wanted features in fp32 (fp64 for fp64 weights), whatever autocast runs the towers in:
     ``image``, ``text`` unit rows [B, embed_dim]; ``image_prototype``, ``text_prototype`` unit rows [B, P], from the un-normalised
-    projected outputs; ``logit_scale``, ``prototype_scale`` (1,); of other kinds what their heads give. Projections are linear without bias, except where timm's
-    model ends in its own (``ImageTower.ends_in_projection``). Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
+    projected outputs; ``logit_scale``, ``prototype_scale`` (1,); the un-normalised ``image_projected`` and the tower's own ``image_pooled``; of other kinds what their heads give. Projections are linear
+    without bias, so that every layout of an export holds them. Batch norm is ``GroupBatchNorm`` with ``norm_groups``.
 
     ``users``: by part, the kinds that are computed with it. ``compiled``: whether blocks have been compiled in place. ``compute_dtype``, if it is set, is what autocast runs the
     towers in. Everything that reads weights goes through ``forward``: where ranks hold parts of them, they are put together by its hooks.
@@ -57,8 +68,8 @@ class DualEncoder(nn.Module):
         image_tower = ImageTower(model.image, pretrained)
         self.image_tower = convert_batch_norm(image_tower, model.norm_groups)
         self.text_tower = TextTower(model.text, pretrained)
-        self.image_projection = _projection(image_tower.num_features, model.embed_dim, image_tower.ends_in_projection)
-        self.text_projection = _projection(self.text_tower.num_features, model.embed_dim, False)
+        self.image_projection = _projection(image_tower.num_features, model.embed_dim)
+        self.text_projection = _projection(self.text_tower.num_features, model.embed_dim)
         self.logit_scale = LogitScale(model.logit_scale)
         self.widths = Widths(
             image_pooled=image_tower.num_features,
@@ -110,7 +121,7 @@ class DualEncoder(nn.Module):
         ``views``: the inputs of further views by ``image@VIEW``, (images,), and ``text@VIEW``, (ids, lengths) and labels if it is masked; each makes a pass of its own.
         Towers, with the heads that read their tokens, take at most ``microbatch`` rows at once (see ``in_microbatches``), other heads all rows of a view. Lengths and labels may lie on the CPU in any case.
         """
-        known = self.features | {"image", "text"}
+        known = self.features | {"image", "text"} | BEFORE_THE_EMBEDDING
         assert wants | records <= known, f"wanted {set((wants | records) - known)} which the model was not built for"
         inputs = {"image": (images,), "text": (token_ids, token_lengths)} | dict(views or {})
         with self._autocast((token_ids if images is None else images).device):
@@ -142,7 +153,7 @@ class DualEncoder(nn.Module):
         for kind in plan.whole:
             with torch.set_grad_enabled(torch.is_grad_enabled() and kind in with_gradient):
                 values[kind] = self._head(kind, values)
-        return {kind: F.normalize(values[f"{kind}_projected"], dim=-1) if kind in SIDES else values[kind] for kind in sorted(kinds)}
+        return {kind: F.normalize(values[f"{kind}_projected"], dim=-1) if kind in SIDES else at_least_fp32(values[kind]) for kind in sorted(kinds)}
 
     def _of_tower(self, plan: Pass, inputs: tuple[torch.Tensor, ...], microbatch: int | None) -> dict[str, torch.Tensor]:
         """What leaves the micro-batches, by name; of a frozen tower nothing is kept for the backward pass but what it gives."""
@@ -233,7 +244,9 @@ class DualEncoder(nn.Module):
         """Names of the parameters that no other of the model's features is computed with."""
         others = kinds_of(self.features - frozenset(feature_names))
         parts = {part for part, users in self.users.items() if not users & others}
-        return [name for name, _ in self.named_parameters() if name.split(".")[0] in parts]
+        pools = BEFORE_THE_EMBEDDING & frozenset().union(*(sources(kind, self.heads) for kind in others))
+        pooling = frozenset() if pools else {f"image_tower.trunk.{name}" for name in self.image_tower.pooling_parameters}
+        return [name for name, _ in self.named_parameters() if name.split(".")[0] in parts or name in pooling]
 
 
 @contextlib.contextmanager
@@ -244,9 +257,7 @@ def _own_draws(kind: str) -> Iterator[None]:
         yield
 
 
-def _projection(in_dim: int, out_dim: int, bias: bool) -> nn.Linear:
-    linear = nn.Linear(in_dim, out_dim, bias=bias)
+def _projection(in_dim: int, out_dim: int) -> nn.Linear:
+    linear = nn.Linear(in_dim, out_dim, bias=False)
     nn.init.normal_(linear.weight, std=in_dim**-0.5)
-    if bias:
-        nn.init.zeros_(linear.bias)
     return linear

@@ -17,8 +17,8 @@ class ImageTower(nn.Module):
 
     The trunk is built as open_clip's TimmModel builds it: from the name alone, classifier removed; only towers whose position
     embeddings are made for one size (``fixed_size``) are told another ``settings.size``. ``ends_in_projection`` is true where
-    timm's classifier is the model's own projection (CLIP's attention pools, models with a hidden layer behind the pooling):
-    such projections have a bias, all others none. Tokens of a convolutional trunk are the places of its last map, row by row;
+    timm's classifier is the model's own projection (CLIP's attention pools, models with a hidden layer behind the pooling).
+    ``arguments`` are what timm was told besides the name; ``pooling_parameters`` the names of the weights that pooling alone reads, and tokens do not. Tokens of a convolutional trunk are the places of its last map, row by row;
     a transformer's begin with ``num_prefix_tokens`` class or register tokens.
 
     Extra tokens [B, E, width] with a mask [B, E] (true: attended to) join a vision transformer behind the position
@@ -33,12 +33,13 @@ class ImageTower(nn.Module):
         trunk = _create(settings.name, pretrained)
         self.fixed_size = hasattr(trunk, "set_input_size")
         self.own_size = settings.size == trunk.pretrained_cfg["input_size"][-1]
-        if self.fixed_size and not self.own_size:
-            trunk = _create(settings.name, pretrained, img_size=settings.size)
+        self.arguments = {"img_size": settings.size} if self.fixed_size and not self.own_size else {}
+        if self.arguments:
+            trunk = _create(settings.name, pretrained, **self.arguments)
         self.pooling = getattr(trunk, "global_pool", None) if isinstance(getattr(trunk, "global_pool", None), str) else "avg"
         trunk.reset_classifier(0)
         self.trunk = trunk
-        self.num_features = self._pooled_width(settings.size)
+        self.num_features, self.pooling_parameters = self._try_pooling(settings.size)
         attention_pooled = isinstance(getattr(trunk, "head", None), AttentionPool2d | RotAttentionPool2d)
         self.ends_in_projection = attention_pooled or self.num_features != trunk.num_features
         self.num_prefix_tokens = getattr(trunk, "num_prefix_tokens", 0)
@@ -48,11 +49,16 @@ class ImageTower(nn.Module):
         if settings.grad_checkpointing:
             trunk.set_grad_checkpointing(True)
 
-    def _pooled_width(self, size: int) -> int:
-        training = self.trunk.training
+    def _try_pooling(self, size: int) -> tuple[int, frozenset[str]]:
+        """The width of what is pooled, and which parameters that has a gradient for."""
+        training, parameters = self.trunk.training, dict(self.trunk.named_parameters())
         try:
             with torch.no_grad():
-                return self.trunk.eval()(torch.zeros(1, 3, size, size)).shape[1]
+                features = self.trunk.eval().forward_features(torch.zeros(1, 3, size, size))
+            with torch.enable_grad():
+                pooled = self.trunk.forward_head(features)
+            slopes = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True) if pooled.requires_grad else ()
+            return pooled.shape[1], frozenset(name for name, slope in zip(parameters, slopes, strict=False) if slope is not None)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"model.image.size {size} does not suit model.image.name {self.name} ({_one_line(error)}); use its own {self.trunk.pretrained_cfg['input_size'][-1]} or another tower") from error
         finally:

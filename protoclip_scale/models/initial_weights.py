@@ -12,15 +12,17 @@ from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 
 from protoclip_scale.errors import UserError
+from protoclip_scale.models.attention_pool import fold_projection_bias
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.open_clip_keys import State, below, text_from_open_clip, vision_from_transformers
 from protoclip_scale.models.scale import LogitScale
 from protoclip_scale.models.text import CLIP_VOCABULARY, MASK_ID, with_mask_row, without_mask_row
+from protoclip_scale.models.transformers_folder import form_of, read_parts
 from protoclip_scale.recipe import schema
 
 ReadRun = Callable[[Path], Mapping[str, torch.Tensor]]
 OPEN_CLIP = "open_clip:"
-WHAT = "a run directory, an export, open_clip:NAME/TAG, or the folder or hub name of a transformers CLIP"
+WHAT = "a run directory, an export of either layout, open_clip:NAME/TAG, or the folder or hub name of a transformers CLIP"
 
 
 def load_initial_weights(model: DualEncoder, settings: schema.Model, read_run: ReadRun | None = None) -> None:
@@ -44,6 +46,8 @@ def load_initial_weights(model: DualEncoder, settings: schema.Model, read_run: R
         quick = "quick_gelu" if config.get("quick_gelu") else "gelu"
         _check_activations(model, settings, quick, None if "timm_model_name" in config["vision_cfg"] else quick)
         _load(model, _from_open_clip(model, state), source)
+    elif form_of(folder) in ("dual_encoder", "folders"):
+        load_folder(model, folder)
     elif (folder / "config.json").is_file() or (not folder.exists() and source.count("/") <= 1 and not source.startswith((".", "/"))):
         _load_transformers(model, settings, source)
     else:
@@ -61,7 +65,7 @@ def read_open_clip_folder(folder: Path) -> tuple[State, dict]:
     if not files:
         raise UserError(f"{folder} has open_clip_config.json but no .safetensors weights; other formats are not read")
     try:
-        return load_file(files[0]), model_config
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(files[0]).items()}, model_config
     except Exception as error:
         raise UserError(f"{files[0]} cannot be read ({' '.join(str(error).split())}); export the model again") from error
 
@@ -126,12 +130,22 @@ def _load_transformers(model: DualEncoder, settings: schema.Model, source: str) 
     _load(model, _assemble(model, vision, projection, text, state["text_projection.weight"], state["logit_scale"]), source)
 
 
+def load_folder(model: DualEncoder, folder: Path) -> None:
+    """Replace the model's weights by those of a transformers folder, whose towers it was built for. Raises UserError if they are others."""
+    parts = read_parts(folder)
+    _load(model, _assemble(model, parts.vision, {"weight": parts.projection}, parts.text, parts.text_projection, parts.logit_scale), str(folder))
+
+
+def load_tensors(model: DualEncoder, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Replace the model's weights by others under open_clip's names. Raises UserError if they are of other towers."""
+    _load(model, _from_open_clip(model, state), source)
+
+
 def _assemble(model: DualEncoder, vision: State, projection: State, text: State, text_projection: torch.Tensor | None, logit_scale: torch.Tensor) -> State:
     bias = projection.pop("bias", None)
-    if model.image_projection.bias is not None:
-        projection["bias"] = model.image_projection.bias.new_zeros(model.embed_dim) if bias is None else bias
-    elif bias is not None and bias.any():
-        projection["bias"] = bias  # reported as not fitting
+    if bias is not None and bias.any():
+        folded = fold_projection_bias(model.image_tower.trunk, vision, projection["weight"], bias)
+        vision, projection = (folded, projection) if folded else (vision, projection | {"bias": bias})  # which is reported as not fitting
     ours = {f"image_tower.trunk.{name}": tensor for name, tensor in vision.items()}
     ours |= {f"image_projection.{name}": tensor for name, tensor in projection.items()}
     ours |= {f"text_tower.encoder.{name}": tensor for name, tensor in text.items()}

@@ -1,7 +1,9 @@
 """Names of weights: ours, open_clip's and transformers' CLIP. Pure renaming, both directions share one table."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -39,26 +41,72 @@ def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _blocks(state: Mapping[str, torch.Tensor], names: Mapping[str, str], old: str, new: str, fused: str) -> State:
+class Made(NamedTuple):
+    """A tensor under another name: ``make`` of the tensors that are named ``sources`` here. So it can be made when its turn comes, with no more in memory."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., torch.Tensor] = lambda tensor: tensor
+
+
+def make_all(made: Mapping[str, Made], state: Mapping[str, torch.Tensor]) -> State:
+    """All of them at once."""
+    return {name: each.make(*(state[source] for source in each.sources)) for name, each in made.items()}
+
+
+def _joined(*pieces: torch.Tensor) -> torch.Tensor:
+    return torch.cat(pieces)
+
+
+def _blocks(names: Iterable[str], table: Mapping[str, str], old: str, new: str, fused: str) -> dict[str, Made]:
     """Transformer blocks renamed; query, key and value become one tensor named ``fused`` + weight or bias."""
-    renamed: State = {}
-    for name, tensor in state.items():
+    renamed = {}
+    for name in names:
         match = re.fullmatch(re.escape(old) + r"(\d+)\.(.+)\.(weight|bias)", name)
         if not match:
             continue
         block, part, kind = match.groups()
         if part == "self_attn.q_proj":
-            pieces = [state[f"{old}{block}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
-            renamed[f"{new}{block}.{fused}{kind}"] = torch.cat(pieces)
-        elif part in names:
-            renamed[f"{new}{block}.{names[part]}.{kind}"] = tensor
+            renamed[f"{new}{block}.{fused}{kind}"] = Made(tuple(f"{old}{block}.self_attn.{letter}_proj.{kind}" for letter in "qkv"), _joined)
+        elif part in table:
+            renamed[f"{new}{block}.{table[part]}.{kind}"] = Made((name,))
     return renamed
 
 
-def text_to_open_clip(state: Mapping[str, torch.Tensor]) -> State:
-    """A transformers CLIPTextModel's weights under open_clip's names."""
-    renamed = {new: state[old] for old, new in _TEXT.items()}
-    return renamed | _blocks(state, _TEXT_BLOCK, "encoder.layers.", "transformer.resblocks.", "attn.in_proj_")
+def text_to_open_clip(names: Iterable[str]) -> dict[str, Made]:
+    """open_clip's text weights, made of a transformers CLIPTextModel's, whose ``names`` these are."""
+    return {new: Made((old,)) for old, new in _TEXT.items()} | _blocks(names, _TEXT_BLOCK, "encoder.layers.", "transformer.resblocks.", "attn.in_proj_")
+
+
+def vision_to_transformers(names: Iterable[str]) -> dict[str, Made]:
+    """The weights of a transformers CLIPVisionModel, made of those of timm's VisionTransformer, whose ``names`` these are. What it has no place for is left out."""
+    names = list(names)
+    made = {old: Made((new,)) for old, new in _VISION.items() if new in names}
+    for old, shaped in (("embeddings.class_embedding", _flat), ("embeddings.position_embedding.weight", _first)):
+        made |= {old: Made((_VISION[old],), shaped)} if old in made else {}
+    ours = {new: old for old, new in _VISION_BLOCK.items()}
+    for name in names:
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if not match:
+            continue
+        block, part, kind = match.groups()
+        if part == "attn.qkv":
+            for number, letter in enumerate("qkv"):
+                made[f"encoder.layers.{block}.self_attn.{letter}_proj.{kind}"] = Made((name,), functools.partial(_third, number))
+        elif part in ours:
+            made[f"encoder.layers.{block}.{ours[part]}.{kind}"] = Made((name,))
+    return made
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1)
+
+
+def _first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[0]
+
+
+def _third(number: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.chunk(3)[number]
 
 
 def text_from_open_clip(state: Mapping[str, torch.Tensor]) -> State:
@@ -84,4 +132,4 @@ def vision_from_transformers(state: Mapping[str, torch.Tensor]) -> State:
     renamed = {new: state[old] for old, new in _VISION.items()}
     renamed["cls_token"] = renamed["cls_token"].view(1, 1, -1)
     renamed["pos_embed"] = renamed["pos_embed"][None]
-    return renamed | _blocks(state, _VISION_BLOCK, "encoder.layers.", "blocks.", "attn.qkv.")
+    return renamed | make_all(_blocks(state, _VISION_BLOCK, "encoder.layers.", "blocks.", "attn.qkv."), state)

@@ -10,6 +10,7 @@ from protoclip_scale.models.features import Feature, parse
 from protoclip_scale.models.heads import Head
 
 SIDES = ("image", "text")
+BEFORE_THE_EMBEDDING = frozenset({"image_pooled", "image_projected"})  # what any model gives of images, beside their embeddings, to who evaluates it
 Heads = Mapping[str, Head]
 
 
@@ -32,6 +33,8 @@ def sources(kind: str, heads: Heads) -> frozenset[str]:
     """What a kind is computed from in the end: names of tower outputs, empty for a temperature."""
     if kind in SIDES:
         return frozenset({f"{kind}_projected"})
+    if kind in BEFORE_THE_EMBEDDING:
+        return frozenset({kind})
     return frozenset(read for each in closure([kind], heads) for read in heads[each].reads if read not in heads)
 
 

@@ -16,6 +16,7 @@ from protoclip_scale.recipe import schema
 
 CLIP_VOCABULARY = 49_408
 MASK_ID = CLIP_VOCABULARY - 2  # of a tokenizer with a mask token; start and end come after it
+POOLING_MODES = {"mean": "mean_tokens", "first": "cls_token"}  # ours -> sentence-transformers'
 WIDTH_STEP = {"cuda": 8}  # tensor cores take eight at a time, and fewer widths make fewer kernels
 BUCKET_ROWS = {"cpu": 32, "cuda": 512}  # a GPU is busy with many tokens only
 
@@ -36,10 +37,11 @@ class TextTower(nn.Module):
         self.name = settings.name
         self.is_clip = settings.name == "clip"
         self.causal = self.is_clip and settings.causal
+        self.has_mask_row = self.is_clip and settings.mask_token
         if self.is_clip:
             self.encoder, self.pooling = _clip(settings), "end"
         else:
-            self.encoder, self.pooling = _encoder(settings, settings.pretrained if pretrained is None else pretrained), _pooling(settings.name)
+            self.encoder, self.pooling = _encoder(settings, settings.pretrained if pretrained is None else pretrained), pooling_of(settings.name)
         self.num_features = self.encoder.config.hidden_size
         if settings.grad_checkpointing:
             _checkpoint_activations(self.encoder, settings.name)
@@ -171,9 +173,9 @@ def with_mask_row(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return torch.cat((table[:MASK_ID], row, table[MASK_ID:]))
 
 
-def clip_ids(ids: torch.Tensor) -> torch.Tensor:
-    """CLIP's own ids of tokens from a tokenizer with a mask token; the mask token itself has none."""
-    return torch.where(ids > MASK_ID, ids - 1, ids)
+def own_ids(clip_ids: torch.Tensor) -> torch.Tensor:
+    """Ids of CLIP's own tokenizer as a tower with a row for the mask token has them."""
+    return torch.where(clip_ids >= MASK_ID, clip_ids + 1, clip_ids)
 
 
 def without_mask_row(table: torch.Tensor) -> torch.Tensor:
@@ -218,12 +220,13 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _pooling(name: str) -> str:
+def pooling_of(name: str) -> str:
+    """``first`` or ``mean``, as the folder of a text encoder says. Raises UserError if it asks for another pooling."""
     file = Path(name) / "1_Pooling" / "config.json"
     if not file.is_file():
         return "mean"
     modes = [key for key, on in json.loads(file.read_text(encoding="utf-8")).items() if key.startswith("pooling_mode_") and on is True]
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
+    known = {f"pooling_mode_{mode}": kind for kind, mode in POOLING_MODES.items()}
     if len(modes) != 1 or modes[0] not in known:
         raise UserError(f"model.text.name: {file} asks for {', '.join(modes) or 'no pooling'}; only mean and first-token pooling are supported, choose another encoder")
     return known[modes[0]]

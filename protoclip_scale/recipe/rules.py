@@ -222,8 +222,14 @@ def _evaluation_sets_exist(recipe: Recipe) -> Iterator[str]:
         for member in members:
             if member not in names:
                 yield f"evaluation.gallery.{gallery} names {member}, which is not in evaluation.sets{nearest(member, names)}"
+    for key in ("few_shot", "knn"):
+        if getattr(evaluation, key) is not None and evaluation.probe_train is None:
+            yield f"evaluation.{key} has no effect without evaluation.probe_train, the rows it learns from; name them, or set {key} to null"
+    if evaluation.every_steps and not evaluation.sets:
+        yield f"evaluation.every_steps {evaluation.every_steps} has no effect without evaluation.sets; name some, or set it to 0"
     probe = evaluation.probe_train
-    if probe is not None and not {column for each in evaluation.sets for column in each.classify} & set(probe.classify):
+    tasks = any(each.task for each in (*evaluation.sets, *([probe] if probe else [])))  # which name their own columns
+    if probe is not None and not tasks and not {column for each in evaluation.sets for column in each.classify} & set(probe.classify):
         yield "evaluation.probe_train.classify shares no column with classify of evaluation.sets, so nothing is probed; name the same column, or set probe_train to null"
 
 

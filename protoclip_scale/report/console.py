@@ -59,7 +59,7 @@ class Console:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Last screen. Keys, all optional: evaluation and baseline (flat), expected (the recipe's), phase_shares, seconds,
-        steps, samples, samples_per_second, memory_gb, run_dir, checkpoint, export, export_command, pictures, notes."""
+        steps, samples, samples_per_second, memory_gb, run_dir, checkpoint, export, export_command, report, pictures, notes."""
 
     def failure(self, message: str) -> None:
         """One line on why the run ended."""

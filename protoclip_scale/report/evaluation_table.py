@@ -1,8 +1,9 @@
 """A flat dictionary of evaluation figures as rows per held-out set, and as one line per set.
 
-Keys read: ``SET/zero_shot/COLUMN/top1|class_mean|constant|classes|n``, ``SET/retrieval/image_to_text|text_to_image/R@k``,
-``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe/COLUMN/top1``, ``SET/modality_gap`` and ``SET/clusters/COLUMN/PROTOTYPES/ami``; SET may hold a
-slash (gallery/set). Figures of other names are left to metrics.jsonl.
+Keys read: ``SET/zero_shot/COLUMN/top1|class_mean|roc_auc|constant|classes|n``, ``SET/retrieval/image_to_text|text_to_image/R@k``,
+``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe.../COLUMN/top1``, ``SET/few_shot/COLUMN/{S}shot/top1|spread``, ``SET/knn/COLUMN/top1|k``, ``SET/modality_gap``,
+``SET/image_effective_rank``, ``SET/text_effective_rank``, ``SET/kmeans/COLUMN/ami`` and ``SET/clusters/COLUMN/PROTOTYPES/ami``; SET may hold a slash (gallery/set). Figures of other names are
+left to metrics.jsonl.
 """
 
 import re
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 from protoclip_scale.report.plain import DASH, as_number, count, number, percent
 
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe|modality_gap|clusters)(?:/(?P<rest>.+))?")
+_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe\w*|few_shot|knn|kmeans|modality_gap|(?:image|text)_effective_rank|clusters)(?:/(?P<rest>.+))?")
+
+_SHOTS = re.compile(r"few_shot/([^/]+)/(\d+)shot/top1")
 
 
 class Row(NamedTuple):
@@ -56,15 +59,28 @@ def rows_of_set(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> list
         size = ", ".join(text for text in (f"{count(classes)} classes" if classes else "", f"{count(num_rows)} images" if num_rows else "") if text)
         add(f"zero-shot {column}, top 1" + (f" ({size})" if size else ""), f"{prefix}/top1", percent(figures.get(f"{prefix}/constant")))
         add(f"zero-shot {column}, class mean", f"{prefix}/class_mean", percent(1 / classes if classes else None))
+        add(f"zero-shot {column}, ROC-AUC", f"{prefix}/roc_auc", percent(0.5))
     chance = figures.get("retrieval/chance_R@10")
     size = f" (n {count(figures['retrieval/n'])})" if "retrieval/n" in figures else ""
     for direction, words in DIRECTIONS.items():
         add(f"{words}, R@10{size}", f"retrieval/{direction}/R@10", percent(chance))
     add("mean recall, R@1/5/10", "retrieval/mean_recall", percent(figures.get("retrieval/chance_mean_recall")))
-    for column in _columns(figures, "probe"):
-        constant = figures.get(f"probe/{column}/constant", figures.get(f"zero_shot/{column}/constant"))
-        add(f"linear probe {column}, top 1", f"probe/{column}/top1", percent(constant))
+    for measure in dict.fromkeys(key.split("/")[0] for key in figures if key.startswith("probe")):
+        protocol = measure.removeprefix("probe").replace("_", " ").strip()
+        for column in _columns(figures, measure):
+            constant = figures.get(f"{measure}/{column}/constant", figures.get(f"zero_shot/{column}/constant"))
+            add(f"linear probe {column}, top 1" + (f" [{protocol}]" if protocol else ""), f"{measure}/{column}/top1", percent(constant))
+    for column in _columns(figures, "knn"):
+        add(f"{count(figures.get(f'knn/{column}/k'))} nearest neighbours {column}, top 1", f"knn/{column}/top1", percent(figures.get(f"zero_shot/{column}/constant")))
+    for key, (column, shots) in ((key, found.groups()) for key in figures if (found := _SHOTS.fullmatch(key))):
+        spread = percent(figures.get(key.removesuffix("top1") + "spread"))
+        reference = f"zero-shot {percent(figures.get(f'zero_shot/{column}/top1'))}"
+        rows.append(Row(f"few-shot {column}, {shots} a class", f"{percent(figures[key])} ± {spread}", percent(baseline.get(key)), reference))
     add("modality gap", "modality_gap", write=lambda value: number(value, 3))
+    for modality in ("image", "text"):
+        add(f"{modality} effective rank", f"{modality}_effective_rank", write=lambda value: "-" if value is None else f"{value:.1f}")
+    for column in _columns(figures, "kmeans"):
+        add(f"k-means of images and {column}, AMI", f"kmeans/{column}/ami", "0", write=lambda value: number(value, 3))
     agreement = [key.split("/") for key in figures if key.startswith("clusters/") and key.endswith("/ami")]
     own = [key for key in agreement if "_from_" not in key[2]]
     for _, column, prototypes, _ in own or agreement:  # the teacher's clusters where there are no others

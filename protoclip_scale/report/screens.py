@@ -122,7 +122,7 @@ def _effort_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def place_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """Where everything lies, a path or command a line; they stand outside the frame, to be copied whole."""
-    for key, label in [("run_dir", "run"), ("checkpoint", "checkpoint"), ("export", "export"), ("export_command", "export it with"), ("pictures", "pictures")]:
+    for key, label in [("run_dir", "run"), ("checkpoint", "checkpoint"), ("export", "export"), ("export_command", "export it with"), ("report", "report"), ("pictures", "pictures")]:
         value = summary.get(key)
         for item in value if isinstance(value, list | tuple) else [value] if value else []:
             yield f"{label + ':':<16}{item}"

@@ -51,10 +51,11 @@ def image_column(column: Column) -> pa.ChunkedArray:
     return column.cast(IMAGE)
 
 
-def captions_column(columns: Sequence[Column]) -> pa.ChunkedArray:
+def captions_column(columns: Sequence[Column], num_rows: int) -> pa.ChunkedArray:
     """list<string> [rows]: the captions of each row in the order of the columns, nulls left out, a row without one as the empty list."""
+    if not columns:
+        return pa.chunked_array([pa.array([[]] * num_rows, CAPTIONS)])
     rows, texts = [], []
-    num_rows = len(columns[0])
     for column in map(_chunked, columns):
         if is_list(column.type):
             lengths = pc.fill_null(pc.list_value_length(column), 0)

@@ -31,6 +31,7 @@ from protoclip_scale.recipe import schema
 
 MAX_TEXT_BYTES = 1 << 20  # of a .txt
 FILE_NAME, TEXT = schema.FORMAT_COLUMNS["folder"]  # the columns of a folder without metadata
+FOLDER = "folder"  # a further one: the name of the folder that an image lies in, which is its class in many collections
 
 
 class ParquetMetadata:
@@ -78,7 +79,7 @@ class ParquetMetadata:
             else:
                 raise UserError(f"{place.url} changed while it was in use: it has fewer rows; start the run again")
             table = file.read_row_group(number, columns=list(used)).slice(first, scan.rows[block])
-        captions = captions_column([table.column(name) for name in source.columns.captions])
+        captions = captions_column([table.column(name) for name in source.columns.captions], table.num_rows)
         extras = {name: extra_column(table.column(name)) for name in source.columns.extra}
         return assemble(source, _image_names(table.column(source.columns.image), place, source), captions, extras, root, images, limits)
 
@@ -139,7 +140,7 @@ class Folder:
             raise UserError(f"{place.url}: the file name {ascii(odd)} is not UTF-8; rename it")
         if not images:
             raise UserError(f"{place.url} holds no images and no {', '.join(METADATA)}; links to places outside of it do not count")
-        if not any(_text_of(found.name) in texts for found in images):
+        if source.columns.captions and not any(_text_of(found.name) in texts for found in images):
             raise UserError(
                 f"{place.url} holds {len(images)} images but no captions: neither {', '.join(METADATA)} nor a .txt beside an image"
             )
@@ -153,13 +154,13 @@ class Folder:
                 sum((mean if found.size is None else found.size) + (texts.get(_text_of(found.name)) or 0) for found in block)
                 for block in blocks
             ),
-            pa.schema([(FILE_NAME, pa.string()), (TEXT, pa.string())]),
+            pa.schema([(FILE_NAME, pa.string()), (TEXT, pa.string()), (FOLDER, pa.string())]),
             digest.hexdigest()[:32],
             names=pa.array([found.name for found in images], pa.string()),
         )
 
     def check(self, scan: FileScan, place: Place, source: schema.Source) -> None:
-        """All used columns are there; without metadata these are file_name and text."""
+        """All used columns are there; without metadata these are file_name, text and folder."""
         if scan.offsets:
             metadata = scan.names[0].as_py()
             METADATA[metadata].check(scan, _inside(place, metadata), source)
@@ -175,9 +176,10 @@ class Folder:
         first = sum(scan.rows[:block])
         names = scan.names.slice(first, scan.rows[block]).to_pylist()
         root = replace(root, confined=False)  # the scan has seen to it
-        texts = root.read([_text_of(name) for name in names], MAX_TEXT_BYTES)
+        texts = root.read([_text_of(name) for name in names], MAX_TEXT_BYTES) if source.columns.captions else [None] * len(names)
+        extras = {FOLDER: pa.array([posixpath.basename(posixpath.dirname(name)) for name in names], pa.string())}
         captions = [[] if text is None else [text.decode("utf-8-sig", "replace")] for text in texts]
-        return assemble(source, names, captions, {}, root, images, limits)
+        return assemble(source, names, captions, extras, root, images, limits)
 
     def _metadata(self, place: Place) -> str | None:
         """The metadata file in the folder, or None."""

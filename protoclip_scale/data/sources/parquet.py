@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import threading
 
 import pyarrow as pa
@@ -68,6 +69,15 @@ class Parquet:
                 raise UserError(f"column {name!r} of {place.url} is {kind}; it must hold a string or a list of strings")
         check_extra(scan.columns, place, source)
 
+    def class_names(self, place: Place, column: str) -> tuple[str, ...]:
+        """The names that the numbers of a column stand for, as `datasets` writes them into a file (ClassLabel); () if it does not say. Costs a footer."""
+        about = pq.ParquetFile(pa.BufferReader(read_footer(place))).schema_arrow.metadata or {}
+        try:
+            feature = json.loads(about.get(b"huggingface", b"{}"))["info"]["features"][column]
+            return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+        except (ValueError, KeyError, TypeError):  # no such facts, or of another form
+            return ()
+
     def read(self, place: Place, scan: FileScan, block: int, source: schema.Source, images: Images, limits: SourceLimits) -> pa.Table:
         """One row group through a one-shard streaming dataset; the image column is not read without ``images``. Local: 2 ms beside its bytes, 4 more
         for the first block of a file. Remote: the size, the footer, and one request for each 32 MB of neighbouring columns; the first block of a file
@@ -81,7 +91,7 @@ class Parquet:
             )
         table = streaming.read_block(dataset, block, scan.rows[block])
         columns = {"image": image_column(table.column(source.columns.image))} if images else {}
-        columns["captions"] = captions_column([table.column(name) for name in source.columns.captions])
+        columns["captions"] = captions_column([table.column(name) for name in source.columns.captions], table.num_rows)
         return pa.table(columns | {name: extra_column(table.column(name)) for name in source.columns.extra})
 
     def _open(self, place: Place, columns: pa.Schema):

@@ -145,6 +145,17 @@ class BlockReader:
         assert table.schema.equals(expected), f"format {self.layout} returned {table.schema}, not {expected}"
         return table
 
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """The names that the numbers of a column stand for, where the files say so and all say the same; else (). UserError if they contradict each other."""
+        layout = FORMATS[self.layout]
+        if not pa.types.is_integer(self.column_types.get(column, pa.null())) or not hasattr(layout, "class_names"):
+            return ()
+        told = {place.url: self._retry(lambda place=place: layout.class_names(place, column), "reading the class names", place.url) for place in self.places}
+        different = {names: url for url, names in told.items()}
+        if len(different) > 1:
+            raise UserError(f"column {column!r}: {' and '.join(list(different.values())[:2])} give its numbers different names; list them as two sets")
+        return next(iter(different))
+
     def _find(self, block: int) -> tuple[int, int]:
         file = int(np.searchsorted(self._first_block, block, side="right")) - 1
         return file, block - int(self._first_block[file])

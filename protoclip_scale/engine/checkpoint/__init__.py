@@ -13,7 +13,7 @@ from protoclip_scale.engine.checkpoint.finding import (
 )
 from protoclip_scale.engine.checkpoint.manifest import Cursor, cursor_of, describe, facts, read_manifest
 from protoclip_scale.engine.checkpoint.pieces import Piece, replicated_pieces, replicated_views
-from protoclip_scale.engine.checkpoint.reading import Reader, read_tensors, read_weights
+from protoclip_scale.engine.checkpoint.reading import Reader, Weights, open_weights, read_tensors, read_weights
 from protoclip_scale.engine.checkpoint.retention import prune
 from protoclip_scale.engine.checkpoint.writing import save
 
@@ -21,12 +21,14 @@ __all__ = [
     "Cursor",
     "Piece",
     "Reader",
+    "Weights",
     "cursor_of",
     "describe",
     "facts",
     "find",
     "folder_of",
     "list_checkpoints",
+    "open_weights",
     "prototypes_folder",
     "prototypes_manifest",
     "prune",

@@ -18,7 +18,7 @@ from protoclip_scale.engine.checkpoint.finding import is_checkpoint, step_of
 from protoclip_scale.engine.checkpoint.retention import remove
 from protoclip_scale.errors import UserError
 
-RUN_FILES = ("recipe.yaml", "sources.json", "metrics.jsonl", "baseline.json")  # small ones that go with every checkpoint
+RUN_FILES = ("recipe.yaml", "sources.json", "metrics.jsonl", "baseline.json", "trackers.json")  # small ones that go with every checkpoint
 T = TypeVar("T")
 
 

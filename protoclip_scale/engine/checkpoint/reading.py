@@ -1,16 +1,16 @@
 """Tensors out of a checkpoint, whoever wrote which range of them: only what is asked for is read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from protoclip_scale import collectives
 from protoclip_scale.engine.checkpoint.finding import find
 from protoclip_scale.engine.checkpoint.pieces import WEIGHTS
-from protoclip_scale.engine.checkpoint.shards import Shard
 from protoclip_scale.errors import UserError
 from protoclip_scale.shared_files import once_seen
+from protoclip_scale.tensor_files import Shard
 
 _OPEN_FILES = 128
 
@@ -95,8 +95,21 @@ def read_tensors(folder: Path, manifest: dict[str, Any], prefix: str = "") -> di
     return {name: reader.tensor(name) for name in reader.names(prefix)}
 
 
-def read_weights(run_dir: Path | str, chosen: str = "latest", kind: str | None = None) -> tuple[str, dict[str, torch.Tensor]]:
-    """Whose weights were read, ``live`` or ``ema``, and the state dict of a run's model. ``kind``: which to read; None takes the averaged ones if there are any.
+class Weights(NamedTuple):
+    """The weights of a run's model in a checkpoint, unread: whose they are (``live`` or ``ema``), their names, and what reads one of them.
+    ``reader``: all that the checkpoint holds; ``manifest``: what is known of it."""
+
+    kind: str
+    names: list[str]
+    reader: Reader
+    manifest: dict[str, Any]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.reader.tensor(WEIGHTS[self.kind] + name)
+
+
+def open_weights(run_dir: Path | str, chosen: str = "latest", kind: str | None = None) -> Weights:
+    """``kind``: whose weights; None takes the averaged ones if there are any.
 
     A collective: rank 0 chooses the checkpoint and compares all its digests, for all ranks.
 
@@ -105,7 +118,13 @@ def read_weights(run_dir: Path | str, chosen: str = "latest", kind: str | None =
     folder, manifest, _ = collectives.from_rank_zero(lambda: find(Path(run_dir), chosen))
     reader = Reader(folder, manifest)
     kind = kind or ("ema" if reader.names(WEIGHTS["ema"]) else "live")
-    names = reader.names(WEIGHTS[kind])
+    names = [name.removeprefix(WEIGHTS[kind]) for name in reader.names(WEIGHTS[kind])]
     if not names:
         raise UserError(f"--weights {kind}: {folder} holds no averaged weights, its run had no optim.ema; leave --weights away")
-    return kind, {name.removeprefix(WEIGHTS[kind]): reader.tensor(name) for name in names}
+    return Weights(kind, names, reader, manifest)
+
+
+def read_weights(run_dir: Path | str, chosen: str = "latest", kind: str | None = None) -> tuple[str, dict[str, torch.Tensor]]:
+    """Whose weights were read, and the state dict of a run's model; see ``open_weights``."""
+    weights = open_weights(run_dir, chosen, kind)
+    return weights.kind, {name: weights.read(name) for name in weights.names}

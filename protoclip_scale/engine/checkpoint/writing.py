@@ -20,12 +20,12 @@ from protoclip_scale.engine.checkpoint.manifest import SCHEMA, WHOLE, write_mani
 from protoclip_scale.engine.checkpoint.pieces import WEIGHTS, Piece
 from protoclip_scale.engine.checkpoint.reading import Reader
 from protoclip_scale.engine.checkpoint.retention import remove
-from protoclip_scale.engine.checkpoint.shards import Entry, Shard, write_shard
 from protoclip_scale.engine.disk import disk_problem
 from protoclip_scale.engine.faults import event
 from protoclip_scale.errors import UserError
 from protoclip_scale.files import sync
 from protoclip_scale.shared_files import wait_for
+from protoclip_scale.tensor_files import Entry, Shard, write_shard
 
 FILE_BYTES = 512 * 2**20  # a rank's memory while it saves, where its tensors are on a GPU
 SEEN_SECONDS = 120.0  # how long rank 0 looks for the files of the others: shared file systems lag

@@ -10,13 +10,14 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from protoclip_scale.recipe.names import objective_module
 from protoclip_scale.recipe.schema.data import ANY_IMAGE, FORMAT_COLUMNS, SUFFIX_FORMATS, TABLES, Data, Plan, Source, SourceColumns
-from protoclip_scale.recipe.schema.evaluation import Columns, Evaluation, EvaluationSet
+from protoclip_scale.recipe.schema.evaluation import Evaluation, EvaluationSet
 from protoclip_scale.recipe.schema.model import LN_100, ImageTower, LogitScale, Model, PrototypeHeads, TextTower
 from protoclip_scale.recipe.schema.run import Profile, Run
 from protoclip_scale.recipe.schema.section import Section
+from protoclip_scale.recipe.schema.task import PROMPTS, Columns, Task
 from protoclip_scale.recipe.schema.training import Ema, Episodes, LayerDecay, Lit, ObjectiveSettings, Optim, Prototypes, Schedule
 
-__all__ = ["Expected", "Recipe", "ANY_IMAGE", "Columns", "Data", "Ema", "Episodes", "Evaluation", "EvaluationSet", "FORMAT_COLUMNS", "ImageTower", "LN_100", "LayerDecay", "Lit", "LogitScale", "Model", "ObjectiveSettings", "Optim", "Plan", "Profile", "PrototypeHeads", "Prototypes", "Run", "SUFFIX_FORMATS", "Schedule", "Section", "Source", "SourceColumns", "TABLES", "TextTower"]
+__all__ = ["Expected", "Recipe", "ANY_IMAGE", "Columns", "Data", "Ema", "Episodes", "Evaluation", "EvaluationSet", "FORMAT_COLUMNS", "ImageTower", "LN_100", "LayerDecay", "Lit", "LogitScale", "Model", "ObjectiveSettings", "Optim", "PROMPTS", "Plan", "Profile", "PrototypeHeads", "Prototypes", "Run", "SUFFIX_FORMATS", "Schedule", "Section", "Source", "SourceColumns", "TABLES", "Task", "TextTower"]
 
 
 class Expected(Section):

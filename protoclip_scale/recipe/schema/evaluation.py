@@ -2,33 +2,28 @@
 
 from pydantic import Field
 
+from protoclip_scale.recipe.schema.measures import Diagnostics, FewShot, NearestNeighbours, Probe
 from protoclip_scale.recipe.schema.section import Positive, Section
+from protoclip_scale.recipe.schema.task import Task
 
 
-class Columns(Section):
-    """Names of the columns of a held-out set."""
+class EvaluationSet(Task):
+    """Held-out rows, and what is asked of them."""
 
-    image: str = Field("image", description="Column with the encoded image: bytes, or a struct with `bytes`.")
-    caption: str = Field("caption", description="Column with the caption: a string, or a list of strings.")
-
-
-class EvaluationSet(Section):
-    """Held-out rows."""
-
-    name: str = Field(description="Name in tables and metrics.")
-    files: str | tuple[str, ...] = Field(description="Parquet files, relative to `data.root`.")
-    columns: Columns = Field(Columns(), description="Image and caption columns.")
-    classify: tuple[str, ...] = Field((), description="Columns with class names, for zero-shot classification and the linear probe; rows with an empty one are left out.")
-    exclude: dict[str, tuple[str, ...]] = Field({}, description="Rows left out: column to values; for instance {coarse: [flag]}.")
-    templates: tuple[str, ...] = Field(("{}",), description="Prompts around a class name; their embeddings are averaged.")
-    class_words: dict[str, tuple[str, ...]] = Field({}, description="Words that stand for a class in the prompts, by class name; by default the name itself.")
+    subset: Positive | None = Field(None, description="So many rows, chosen by a hash of their places in the files: the same in every run and on any number of ranks. null takes all.")
+    captions_per_image: Positive | None = Field(None, description="At most so many captions of a row, the first ones (COCO's Karpathy split is tested with 5); null takes all.")
 
 
 class Evaluation(Section):
     """What is measured during and after training."""
 
     every_episodes: int = Field(1, ge=0, description="Evaluate after every n-th episode and at the end; 0 only at the end.")
+    every_steps: int = Field(0, ge=0, description="Evaluate after every n-th step, too, inside of episodes; 0 never. Give the sets a `subset`: training waits.")
     sets: tuple[EvaluationSet, ...] = Field((), description="The held-out sets.")
     gallery: dict[str, tuple[str, ...]] = Field({}, description="Further retrieval tests: a name to the sets whose images and captions are pooled.")
-    probe_train: EvaluationSet | None = Field(None, description="Labelled rows the linear probe is fitted on; null runs no probe.")
+    probe_train: EvaluationSet | None = Field(None, description="Labelled rows that the linear probe, few_shot and knn learn from; null runs none of them.")
+    probe: Probe = Field(Probe(), description="The linear probe.")
+    few_shot: FewShot | None = Field(None, description="Probes on a few rows of each class; null runs none.")
+    knn: NearestNeighbours | None = Field(None, description="Nearest neighbours among probe_train; null runs none.")
+    diagnostics: Diagnostics | None = Field(None, description="More about how embeddings lie in space; null computes none.")
     batch: Positive = Field(256, description="Images or captions encoded at once, per rank.")

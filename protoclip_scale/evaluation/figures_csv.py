@@ -1,0 +1,74 @@
+"""``evaluation.csv`` of a run directory: figures of its checkpoints that were measured beside training; one figure a line, columns step, samples, attempt, key, value.
+
+A checkpoint's figures come in one piece, followed by a line whose key begins with ``watch/``: it says by which suite, and its value is the beginning of the manifest's SHA-256 as a number.
+"""
+
+import contextlib
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from protoclip_scale.files import publish_text
+
+NAME = "evaluation.csv"
+COLUMNS = ("step", "samples", "attempt", "key", "value")
+WATCH = "watch/"
+DIGITS = 12  # of a digest, as a number that a float64 holds
+
+
+class Row(NamedTuple):
+    step: int
+    samples: int
+    attempt: int
+    key: str
+    value: float
+
+
+class Mark(NamedTuple):
+    """A checkpoint that was evaluated: which one, and by which suite."""
+
+    step: int
+    attempt: int
+    digest: str
+    suite: str
+
+
+def append(run_dir: Path, step: int, samples: int, attempt: int, figures: Mapping[str, float], digest: str, suite: str) -> None:
+    """Add a checkpoint's figures and its mark: all of them or, after a kill, none. Several processes may do so at once. ``digest``: of its manifest, hexadecimal."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    for key, value in {**figures, WATCH + suite: int(digest[:DIGITS], 16)}.items():
+        lines.writerow((step, samples, attempt, key, value))
+    path = run_dir / NAME
+    with _alone(run_dir):
+        before = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
+        publish_text(path, before + text.getvalue())
+
+
+def read(run_dir: Path) -> tuple[list[Row], set[Mark]]:
+    """Figures and marks; none if nothing has been measured. Lines that are no rows are left out, figures that are not finite too."""
+    path = run_dir / NAME
+    rows, marks = [], set()
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                with contextlib.suppress(ValueError, TypeError):
+                    row = Row(int(line["step"]), int(line["samples"]), int(line["attempt"]), line["key"], float(line["value"]))
+                    if row.key.startswith(WATCH):
+                        marks.add(Mark(row.step, row.attempt, f"{int(row.value):0{DIGITS}x}", row.key.removeprefix(WATCH)))
+                    elif math.isfinite(row.value):
+                        rows.append(row)
+    return rows, marks
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """One process at a time; a lock goes with the process that holds it."""
+    import fcntl
+
+    with open(run_dir / f".{NAME}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,67 @@
+"""State dicts out of files that others wrote, without running what such files can hold: safetensors, or torch's files by ``weights_only``."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from protoclip_scale.errors import UserError
+
+_ALLOWED = [argparse.Namespace]  # a bag of plain values: what training scripts keep their arguments in
+_STATES = ("state_dict", "model", "model_state_dict")  # where checkpoints keep the weights
+_PREFIX = "module."  # of DistributedDataParallel
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, floats as float32, without the prefix of DistributedDataParallel.
+
+    Raises UserError for TorchScript archives, for files that would run code, and for what holds no weights.
+    """
+    found = _content(path)
+    state = next((found[key] for key in _STATES if isinstance(found.get(key), Mapping)), found)
+    tensors = {str(name).removeprefix(_PREFIX): tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no weights: it has {', '.join(map(str, list(found)[:5])) or 'nothing'}; name a checkpoint with a state dict")
+    return {name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach() for name, tensor in tensors.items()}
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name the file of a checkpoint")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise UserError(f"{path} is no whole safetensors file ({_one_line(error)}); download it again") from error
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip and _is_torchscript(path):
+        raise UserError(
+            f"{path} is a TorchScript archive: loading it runs the program inside, so it is not read. Take the same weights as safetensors (OpenAI's are on the Hub as openai/clip-vit-base-patch32 and its "
+            "sisters: model.init_from, protoclip_scale.load), or, where you trust it, convert it once: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), 'weights.pt')"
+        )
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needs:
+            raise UserError(f"{path} holds objects of {needs[1]}, which are not read, since loading them runs code; where you trust it, save its weights alone: torch.save(torch.load(FILE, map_location='cpu', weights_only=False)['state_dict'], 'weights.pt')") from error
+        raise UserError(f"{path} cannot be read ({_one_line(error)}); it must be a file of torch.save or safetensors, whole") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a state dict; name a checkpoint with one")
+    return found
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
