@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> None:
         suite = suite_for(candidate, asked, options)
         files = ClassifierFiles(options.classifiers, model_hash(candidate.model, candidate.tokenizer, options.precision)) if options.classifiers else None
         model = candidate.model.to(accelerator.device)
-        figures = evaluate_suite(model, suite, candidate.preprocessing, candidate.tokenizer, accelerator.device, options.precision, classifiers=files)
+        about = suite, candidate.preprocessing, candidate.tokenizer, accelerator.device, options.precision
+        figures = evaluate_suite(model, *about, classifiers=files, compared=candidate.compared)
         sets = provenance(suite, figures, candidate.preprocessing, options.precision)
         results.append({"model": candidate.name, "step": candidate.step, "weights": candidate.weights, "figures": figures, "sets": sets})
         if collectives.rank() == 0:

@@ -10,11 +10,11 @@ from protoclip_scale.redact import redact_errors
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m protoclip_scale.classify", description="The most similar labels for pictures, with their share of the softmax and their cosine.")
+    parser = argparse.ArgumentParser(prog="python -m protoclip_scale.classify", description="The most similar labels for pictures, with their share of the softmax and their cosine (of a model that is trained by tokens alone, their similarity by late interaction).")
     parser.add_argument("model", metavar="EXPORT", help="export of either layout, run directory, or transformers CLIP directory")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files")
     parser.add_argument("--classes", required=True, metavar="A,B,C|FILE", help="labels between commas, or a text file with one in each line")
-    parser.add_argument("--template", action="append", metavar="TEXT", help="text around a label, with {} in its place; given several times, their normalised embeddings are averaged (default: the label alone)")
+    parser.add_argument("--template", action="append", metavar="TEXT", help="text around a label, with {} in its place; given several times, their normalised embeddings are averaged, or their similarities by tokens (default: the label alone)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="labels shown (default: 5)")
     return parser.parse_args(arguments)
 
@@ -39,13 +39,17 @@ def run(options: argparse.Namespace) -> None:
     from protoclip_scale.loading import load
 
     model = load(options.model)
-    texts = model.encode_text([template.replace("{}", label) for label in labels for template in templates])
-    classes_CD = texts.view(len(labels), len(templates), -1).mean(1)
-    classes_CD /= classes_CD.norm(dim=-1, keepdim=True)
-    cosines = model.encode_image(options.pictures) @ classes_CD.T
-    for picture, row in zip(options.pictures, cosines, strict=True):
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    if model.compared.embeddings:
+        classes_CD = model.encode_text(prompts).view(len(labels), len(templates), -1).mean(1)
+        classes_CD /= classes_CD.norm(dim=-1, keepdim=True)
+        scores, scale = model.encode_image(options.pictures) @ classes_CD.T, model.logit_scale
+    else:  # tokens alone were trained
+        similarities = model.late_interaction(model.encode_image_tokens(options.pictures), model.encode_text_tokens(prompts))
+        scores, scale = similarities.view(len(similarities), len(labels), len(templates)).mean(2), model.token_scale
+    for picture, row in zip(options.pictures, scores, strict=True):
         print(picture)
-        shares = (row * model.logit_scale).softmax(0)
+        shares = (row * scale).softmax(0)
         for place in row.argsort(descending=True, stable=True)[: options.top].tolist():
             print(f"  {shares[place]:6.1%}  {row[place]:+.3f}  {labels[place]}")
 

@@ -11,8 +11,11 @@ from protoclip_scale.data.decode import BadImage, decode_image, pixels_of
 from protoclip_scale.data.tokenizers import Tokens, tokenizer_for
 from protoclip_scale.data.transforms import eval_transform
 from protoclip_scale.errors import UserError
-from protoclip_scale.models.build import is_export, load_export
+from protoclip_scale.models.build import is_export
 from protoclip_scale.models.dual_encoder import DualEncoder
+from protoclip_scale.objectives.compared import Compared, compared_by
+from protoclip_scale.objectives.late_interaction import late_similarities, present
+from protoclip_scale.objectives.token_heads import load_with_tokens
 from protoclip_scale.recipe import schema
 
 Picture = Image.Image | str | Path | bytes | torch.Tensor
@@ -21,11 +24,21 @@ Picture = Image.Image | str | Path | bytes | torch.Tensor
 class Encoder:
     """A model in evaluation mode with its preparation of pictures and texts. Embeddings are unit rows [n, embed_dim] in float32 on the CPU.
 
-    ``settings``: the recipe's ``model`` section; ``model``: the network; ``logit_scale``: what cosines are multiplied by for the softmax over labels.
+    ``settings``: the recipe's ``model`` section; ``model``: the network; ``logit_scale``: what cosines are multiplied by for the softmax over labels. ``compared``: whether
+    its embeddings were trained, and its tokens; ``token_scale``: what ``late_interaction`` is multiplied by for the softmax over labels, None without tokens.
     """
 
-    def __init__(self, settings: schema.Model, model: DualEncoder, device: torch.device | str = "cpu", batch: int = 64):
+    def __init__(
+        self,
+        settings: schema.Model,
+        model: DualEncoder,
+        device: torch.device | str = "cpu",
+        batch: int = 64,
+        compared: Compared = Compared(),  # noqa: B008 (it is immutable)
+        token_scale: float | None = None,
+    ):
         self.settings, self.batch, self.device = settings, batch, torch.device(device)
+        self.compared, self.token_scale = compared, token_scale
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer_for(settings.text)
         with torch.no_grad():
@@ -52,20 +65,46 @@ class Encoder:
     @torch.no_grad()
     def encode_image(self, pictures: Picture | Iterable[Picture]) -> torch.Tensor:
         """Of one picture, several, or a batch of ``preprocess``'s [n, 3, size, size]; read and encoded ``batch`` at a time."""
-        one = isinstance(pictures, Image.Image | str | Path | bytes) or (isinstance(pictures, torch.Tensor) and pictures.dim() == 3)
-        pictures = [pictures] if one else list(pictures)
-        return self._in_batches(pictures, lambda part: self.model.encode_image(torch.stack([self.preprocess(each) for each in part]).to(self.device)))
+        return self._of_pictures(pictures, self.model.encode_image)
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Of one text or several."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self._of_texts(texts, self.model.encode_text)
 
-        def encode(part: list[str]) -> torch.Tensor:
+    @torch.no_grad()
+    def encode_image_tokens(self, pictures: Picture | Iterable[Picture]) -> torch.Tensor:
+        """Unit rows [n, T, D] of the tokens of one picture or several. UserError for a model that has none."""
+        kind = self._token_kinds()[0]
+        return self._of_pictures(pictures, lambda images: self.model(images, wants=frozenset({kind}))[kind])
+
+    @torch.no_grad()
+    def encode_text_tokens(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Unit rows [n, context_length, D] of the tokens of one text or several, rows of zeros where none counts. UserError for a model that has none."""
+        kind = self._token_kinds()[1]
+        return self._of_texts(texts, lambda ids, lengths: self.model(None, ids, lengths, wants=frozenset({kind}))[kind])
+
+    def late_interaction(self, asking: torch.Tensor, answering: torch.Tensor) -> torch.Tensor:
+        """[n, m]: the mean over the tokens of each of the n of their best match among those of each of the m. Of images with texts it is S^I, by which an image asks for its text; of
+        texts with images S^T. ``asking``, ``answering``: of ``encode_image_tokens`` and ``encode_text_tokens``."""
+        return late_similarities(present(asking), present(answering))
+
+    def _token_kinds(self) -> tuple[str, str]:
+        if self.compared.tokens is None:
+            raise UserError("this model has no token features; they come with runs that objectives.filip trains, and with their exports that hold token_heads.safetensors")
+        return self.compared.tokens
+
+    def _of_pictures(self, pictures: Picture | Iterable[Picture], encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        one = isinstance(pictures, Image.Image | str | Path | bytes) or (isinstance(pictures, torch.Tensor) and pictures.dim() == 3)
+        pictures = [pictures] if one else list(pictures)
+        return self._in_batches(pictures, lambda part: encode(torch.stack([self.preprocess(each) for each in part]).to(self.device)))
+
+    def _of_texts(self, texts: str | Sequence[str], encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def of_part(part: list[str]) -> torch.Tensor:
             tokens = self.tokenize(part)
-            return self.model.encode_text(tokens.ids.to(self.device), tokens.lengths)
+            return encode(tokens.ids.to(self.device), tokens.lengths)
 
-        return self._in_batches(texts, encode)
+        return self._in_batches([texts] if isinstance(texts, str) else list(texts), of_part)
 
     def _in_batches(self, inputs: list[Any], encode: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
         parts = [encode(inputs[start : start + self.batch]).float().cpu() for start in range(0, len(inputs), self.batch)]
@@ -82,8 +121,10 @@ def load(folder: str | Path, checkpoint: str = "latest", weights: str | None = N
         from protoclip_scale.engine.saved_model import load_model
 
         saved = load_model(folder, checkpoint, weights)
-        return Encoder(saved.recipe.model, saved.model, device)
+        compared = compared_by(saved.recipe)
+        return Encoder(saved.recipe.model, saved.model, device, compared=compared, token_scale=saved.model.filip_scale_head().item() if compared.tokens else None)
     if not is_export(folder):
         what = "is neither an export nor a run directory" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; name a folder that training, launch/export.py or tools/import_checkpoint.py wrote")
-    return Encoder(*load_export(folder), device)
+    settings, model, compared, token_scale = load_with_tokens(folder)
+    return Encoder(settings, model, device, compared=compared, token_scale=token_scale)

@@ -1,4 +1,5 @@
-"""The lines that users type, under every CPU twin of the sharded configurations: a run with prototypes and a locked ending to its end, and on under another strategy."""
+"""The lines that users type, under every CPU twin of the sharded configurations: a run with prototypes and a locked ending to its end, and on under another strategy;
+recipes of further methods."""
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ SETTINGS = (
 )
 
 
-def run(folder, config: str, *more: str, ranks: int = 2) -> None:
-    done = launch("--recipe", "recipes/demo.yaml", "--run-dir", folder, "--expect-ranks", ranks, *overrides(SETTINGS), *more, ranks=ranks, config=config, timeout=900)
+def run(folder, config: str, *more: str, ranks: int = 2, recipe: str = "demo", settings: tuple[str, ...] = SETTINGS) -> None:
+    done = launch("--recipe", f"recipes/{recipe}.yaml", "--run-dir", folder, "--expect-ranks", ranks, *overrides(settings), *more, ranks=ranks, config=config, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -54,3 +55,16 @@ def test_a_run_to_its_end_and_on_under_another_strategy(tmp_path, under_ddp, con
     assert all(after[name].equal(tensor) for name, tensor in locked.items() if name.startswith("model/image_tower"))
     assert any(not after[name].equal(tensor) for name, tensor in locked.items() if name.startswith("model/text_tower"))
     assert {tensor.item() for name, tensor in after.items() if name.endswith("/step")} == {float(len(losses(folder)))}
+
+
+@pytest.mark.parametrize("recipe", ["demo_declip", "demo_filip"])
+def test_recipes_of_other_methods_under_zero_2(tmp_path, recipe):
+    """One episode with their own towers and heads: as under DDP, until rounding has grown."""
+    settings = ("schedule.total=1 episodes", "schedule.warmup_steps=2", "run.threads=1", "run.log_steps=1", EVALUATION)
+    found = {}
+    for config in ("cpu", "cpu_zero2"):
+        run(tmp_path / config, config, recipe=recipe, settings=settings)
+        found[config] = np.array(losses(tmp_path / config))
+        assert (tmp_path / config / "export" / "open_clip" / "open_clip_model.safetensors").is_file()
+    assert len(found["cpu"]) == 20 and found["cpu"][-5:].mean() < found["cpu"][:5].mean()
+    assert np.allclose(found["cpu_zero2"][:4], found["cpu"][:4], rtol=1e-4) and np.allclose(found["cpu_zero2"], found["cpu"], rtol=0.02)

@@ -5,16 +5,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from protoclip_scale.engine.freezing import active_objectives, features_wanted, trained_parameters
 from protoclip_scale.errors import UserError
+from protoclip_scale.models.build import build_model
 from protoclip_scale.models.heads import Widths
-from protoclip_scale.objectives import build_objectives
+from protoclip_scale.objectives import build_objectives, features_of, heads_of
 from protoclip_scale.objectives.base import Targets
 from protoclip_scale.objectives.filip import ImageTokens, TextTokens, filip_loss
 from protoclip_scale.objectives.late_interaction import Tokens, late_similarities
 from protoclip_scale.objectives.selection import highest_scores, keep_best, kept_tokens, own_scores
 from protoclip_scale.recipe import load_recipe
 from tests.losses import angles, assert_law_1, difference, gradients, number, over_ranks, unit_rows
-from tests.support import RECIPES
+from tests.support import RECIPES, TINY
 from tests.test_objectives_late_interaction import plain_cross_entropy
 
 IMAGES = Tokens(torch.stack([angles(0, 40), angles(100, 160)]), torch.ones(2, 2, dtype=torch.bool))
@@ -223,3 +225,22 @@ def test_sizes_of_what_is_gathered():
     assert made.derived_sizes(sizes) == {"filip_image_keys_0": 13 * 256, "filip_text_keys_0": 20 * 256}
     assert made.loss_products(4096, sizes) == 4096 * 256 * (49 * 20 + 77 * 13) + 512 * 256 * 49 * 77
     assert objective("{keep: 1}").derived_sizes(sizes) == {}
+
+
+@pytest.mark.parametrize(("tower", "size", "pooling"), [("test_convnext", 32, "head.norm."), ("mobilenetv3_small_050", 48, "conv_head."), ("test_resnet", 32, None)])
+def test_what_pooling_alone_reads_trains_only_beside_an_objective_of_whole_images(tower, size, pooling):
+    """Every parameter that trains has a gradient: DDP waits for all of them."""
+    trained = {}
+    for weight in (0.0, 1.0):
+        overrides = [*TINY, f"model.image.name={tower}", f"model.image.size={size}", f"objectives={{clip: {{weight: {weight}}}, filip: {{dim: 8, keep: 1}}}}"]
+        recipe = load_recipe(RECIPES / "demo_clip.yaml", overrides)
+        objectives = build_objectives(recipe)
+        model = build_model(recipe, features_of(objectives), 0, heads=heads_of(objectives)).train()
+        trained[weight] = trained_parameters(model, recipe, objectives, 0)
+        model.train_only(trained[weight])
+        images, ids = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8), torch.randint(1, 400, (4, 16))
+        features = model(images, ids, torch.full((4,), 16), wants=features_wanted(active_objectives(objectives, 0)))
+        sum((each * torch.randn_like(each)).sum() for each in features.values()).backward()
+        assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained[weight]
+    of_images = {name.removeprefix("image_tower.trunk.") for name in trained[1.0] - trained[0.0] if name.startswith("image_tower.")}
+    assert all(name.startswith(pooling) for name in of_images) and of_images if pooling else not of_images

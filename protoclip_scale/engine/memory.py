@@ -42,7 +42,7 @@ def size_text(number: float) -> str:
 
 
 def sizes_of(cost: ModelCost, recipe: Recipe) -> Sizes:
-    return Sizes(cost.num_parameters, cost.trained, max(cost.blocks, default=0), cost.num_parameters - sum(cost.blocks), averaged=recipe.optim.ema is not None)
+    return Sizes(cost.num_parameters, cost.trained, max(cost.blocks, default=0), cost.num_parameters - sum(cost.blocks), averaged=recipe.optim.ema is not None, by_sgd=cost.by_sgd)
 
 
 def shared_memory(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective], world: int, device: str) -> dict[str, int]:
@@ -113,10 +113,10 @@ class Needed:
 
 
 def memory_by_strategy(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objective], world: int, device: str) -> list[Needed]:
-    """Under every strategy that makes sense for ``world`` ranks, least communication first."""
+    """Under every strategy that makes sense for ``world`` ranks and takes the recipe's optimiser, least communication first."""
     shared = sum(shared_memory(cost, recipe, objectives, world, device).values())
     sizes = sizes_of(cost, recipe)
-    return [Needed(layout, layout.memory(sizes, world), shared) for layout in LAYOUTS if layout.makes_sense(world, device)]
+    return [Needed(layout, layout.memory(sizes, world), shared) for layout in LAYOUTS if layout.makes_sense(world, device, recipe.optim.name)]
 
 
 def recommended(found: list[Needed], recipe: Recipe, available: int) -> Needed | None:

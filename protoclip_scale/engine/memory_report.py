@@ -8,6 +8,7 @@ import torch
 
 from protoclip_scale.engine.memory import USABLE_SHARE, Needed, memory_by_strategy, recommended, shared_memory, size_text
 from protoclip_scale.engine.model_cost import ModelCost
+from protoclip_scale.engine.optimizer import TITLES
 from protoclip_scale.objectives import Objective
 from protoclip_scale.recipe import Recipe
 
@@ -38,7 +39,7 @@ def memory_tables(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objecti
     chosen = recommended(found, recipe, place.available)
     tables = {
         "Memory per rank, under every strategy": [(part, size_text(number)) for part, number in (*shared.items(), ("all", sum(shared.values())))],
-        f"Memory per rank, {world} rank{'s' * (world > 1)}": [(each.layout.title, _described(each)) for each in found],
+        f"Memory per rank, {world} rank{'s' * (world > 1)}": [(each.layout.title, _described(each, TITLES[recipe.optim.name])) for each in found],
         "Recommended strategy": [_recommendation(found, chosen, recipe, place)],
     }
     if chosen is None:
@@ -47,8 +48,8 @@ def memory_tables(cost: ModelCost, recipe: Recipe, objectives: dict[str, Objecti
     return tables, f"accelerate launch --config_file {config} --num_processes {world} launch/pretrain.py --recipe {recipe_file} --expect-ranks {world}"
 
 
-def _described(needed: Needed) -> str:
-    parts = {"weights": needed.state.weights, "gradients": needed.state.gradients, "AdamW": needed.state.optimizer, "averaged weights": needed.state.average, "buckets": needed.state.buckets}
+def _described(needed: Needed, optimizer: str) -> str:
+    parts = {"weights": needed.state.weights, "gradients": needed.state.gradients, optimizer: needed.state.optimizer, "averaged weights": needed.state.average, "buckets": needed.state.buckets}
     listed = ", ".join(f"{name} {size_text(number)}" for name, number in parts.items() if number)
     host = f"; {size_text(needed.state.host)} in CPU memory" if needed.state.host else ""
     return f"{size_text(needed.device)}: {listed}, the above {size_text(needed.shared)}{host}"

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip_scale.data.masking import IGNORED, SELECTED_SHARE
 from protoclip_scale.engine.freezing import features_wanted, trained_parameters
+from protoclip_scale.engine.optimizer import text_parts
 from protoclip_scale.models.blocks import blocks
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.features import parse
@@ -48,13 +49,14 @@ class Activations(NamedTuple):
 class ModelCost:
     """By part of the dual encoder. Captions are as long as they can be unless told otherwise.
 
-    ``trained``: parameters that train in some episode. ``blocks``: parameters of each repeated block. ``flops``: of one pass. ``towers``: activations of a pass by side, those of heads inside
+    ``trained``: parameters that train in some episode; ``by_sgd``: those of them that SGD steps on. ``blocks``: parameters of each repeated block. ``flops``: of one pass. ``towers``: activations of a pass by side, those of heads inside
     micro-batches with them; ``heads``: bytes that one row keeps, of each part, in projections and heads, which see all rows of a view at once. ``products``: weights that autocast copies in half precision.
     ``sizes``: numbers that a row has of each kind of feature. ``users``: see ``DualEncoder.users``. ``wants``: all features of all objectives.
     """
 
     parameters: dict[str, int]
     trained: int
+    by_sgd: int
     blocks: tuple[int, ...]
     products: int
     flops: dict[str, Flops]
@@ -165,6 +167,7 @@ def measure(recipe: Recipe, objectives: dict[str, Objective]) -> ModelCost:
     return ModelCost(
         parameters=parameters,
         trained=sum(model.get_parameter(name).numel() for name in trained),
+        by_sgd=sum(model.get_parameter(name).numel() for name in trained if recipe.optim.sgd and name.split(".")[0] in text_parts(model)),
         blocks=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)),
         products=sum(each.weight.numel() for tower in (model.image_tower, encoder) for each in tower.modules() if isinstance(each, nn.Linear | nn.Conv2d)),
         flops=flops,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from protoclip_scale.models.dual_encoder import DualEncoder
 
 Groups = list[dict[str, Any]]  # a group's params, their names, its side, by which the schedule sets its learning rate, a factor of that, its weight_decay, and whether SGD steps on it
+TITLES = {"adamw": "AdamW", "adamw_sgd": "AdamW and SGD", "lamb": "LAMB"}  # by optim.name
 STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 

@@ -12,6 +12,7 @@ from protoclip_scale.export.source import Embeddings, Probe, Source, embeddings_
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import build_objectives, features_of, heads_of
+from protoclip_scale.objectives.token_heads import token_heads_of
 from protoclip_scale.recipe import Recipe, load_recipe
 
 CENTROIDS = "prototypes/centroids/"
@@ -51,7 +52,7 @@ def source_of_run(recipe: Recipe, weights: Weights) -> Source:
         round_weights(model, dtype)
         return embeddings_of(model, probe)
 
-    return Source(recipe.model, structure_of(recipe.model), weights.read, embed)
+    return Source(recipe.model, structure_of(recipe.model), weights.read, embed, token_heads_of(recipe))
 
 
 def prototypes_of(weights: Weights) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Embeddings of images and texts, shared out over ranks in whole batches, so that no figure depends on the number of ranks."""
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -30,6 +29,11 @@ def nothing() -> None:
     """What callers do between batches who have nothing to do there."""
 
 
+def batch_starts(num_rows: int, batch: int) -> list[int]:
+    """Where batches of ``batch`` rows begin: batch b at b*batch, the last one ``batch`` rows before the end."""
+    return [max(0, min(start, num_rows - batch)) for start in range(0, num_rows, batch)]
+
+
 def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Tensor], meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
     """Rows 0..num_rows-1 encoded ``batch`` at a time, in row order, on every rank's CPU.
 
@@ -38,14 +42,12 @@ def encode_sharded(num_rows: int, batch: int, encode: Callable[[range], torch.Te
     the forward pass (a text tower is called once for every so many rows): a rank without work in the last round repeats the last batch, which is dropped.
     ``encode`` maps a range of rows to [rows, D]; ``meanwhile`` is called after each batch, and may be a collective. Cost: ceil(batches / W) forward passes and as many gathers of W*batch rows.
     """
-    num_batches = math.ceil(num_rows / batch)
-    starts = [max(0, min(number * batch, num_rows - batch)) for number in range(num_batches)]
-    encoded = []
-    for first in range(0, num_batches, collectives.world_size()):
-        start = starts[min(first + collectives.rank(), num_batches - 1)]
+    starts, encoded = batch_starts(num_rows, batch), []
+    for first in range(0, len(starts), collectives.world_size()):
+        start = starts[min(first + collectives.rank(), len(starts) - 1)]
         own = encode(range(start, min(start + batch, num_rows))).float()
         of_ranks = collectives.all_gather(own).cpu().split(len(own))
-        encoded += [rows[number * batch - starts[number] :] for number, rows in zip(range(first, num_batches), of_ranks, strict=False)]
+        encoded += [rows[number * batch - starts[number] :] for number, rows in zip(range(first, len(starts)), of_ranks, strict=False)]
         standing.got_on()
         meanwhile()
     return torch.cat(encoded)

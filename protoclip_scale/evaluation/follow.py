@@ -21,6 +21,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation import figures_csv
 from protoclip_scale.evaluation.run import evaluate_suite
 from protoclip_scale.evaluation.suites import Suite
+from protoclip_scale.objectives.compared import compared_by
 from protoclip_scale.recipe.schema import Recipe
 from protoclip_scale.report.evaluation_table import evaluation_lines
 
@@ -139,7 +140,7 @@ class Follower:
         suite = self._suite()
         model = saved.model.to(self.device)
         tokenizer, size = tokenizer_for(saved.recipe.model.text), saved.recipe.model.image.size
-        figures = evaluate_suite(model, suite, size, tokenizer, self.device, self.options.precision)
+        figures = evaluate_suite(model, suite, size, tokenizer, self.device, self.options.precision, compared=compared_by(saved.recipe))
         event("watch.figures")
         if collectives.rank() == 0:
             figures_csv.append(self.run_dir, found.step, found.samples, found.attempt, figures, found.digest, self._suite_name(suite))

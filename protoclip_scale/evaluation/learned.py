@@ -41,13 +41,14 @@ def probe_kind(probe: Probe) -> str:
     return "_".join(words)
 
 
-def learned_figures(settings: Evaluation, train: Rows, sets: dict[str, Rows], device: torch.device) -> dict[str, dict[str, float]]:
+def learned_figures(settings: Evaluation, train: Rows, sets: dict[str, Rows], device: torch.device, of: str = "") -> dict[str, dict[str, float]]:
     """Figures of each set that shares a class column with ``train``, on its rows whose class occurs there; columns with one class are left out.
 
     ``PROBE/COLUMN/{top1,class_mean,constant,n}`` (see ``probe_kind``); with ``few_shot`` ``few_shot/COLUMN/{S}shot/{top1,spread}`` and ``few_shot/COLUMN/n``; with
-    ``knn`` ``knn/COLUMN/{top1,class_mean,k,n}``. For rank 0.
+    ``knn`` ``knn/COLUMN/{top1,class_mean,k,n}``. ``of``: what is put behind these names where rows are no embeddings. For rank 0.
     """
     figures: dict[str, dict[str, float]] = {name: {} for name in sets}
+    probe = probe_kind(settings.probe) + (of if settings.probe.features == "embedding" else "")
     for column, values in train.classes.items():
         names = class_names(values)
         known = {name: rows.of(column, names) for name, rows in sets.items() if column in rows.classes}
@@ -58,17 +59,17 @@ def learned_figures(settings: Evaluation, train: Rows, sets: dict[str, Rows], de
         for name, hits in _probe_hits(settings.probe, learnt, known, len(names), device).items():
             targets = known[name].targets
             found = {**accuracy_figures(hits, targets), "constant": constant_accuracy(targets), "n": len(targets)}
-            figures[name] |= {f"{probe_kind(settings.probe)}/{column}/{key}": value for key, value in found.items()}
+            figures[name] |= {f"{probe}/{column}/{key}": value for key, value in found.items()}
         if settings.few_shot:
             tests = {name: (rows.embeddings, rows.targets) for name, rows in known.items()}
             for name, found in few_shot_figures(learnt.embeddings, learnt.targets, tests, len(names), settings.few_shot, device).items():
-                figures[name] |= {f"few_shot/{column}/{key}": value for key, value in {**found, "n": len(tests[name][1])}.items()}
+                figures[name] |= {f"few_shot{of}/{column}/{key}": value for key, value in {**found, "n": len(tests[name][1])}.items()}
         if settings.knn:
             train_rows, train_targets = learnt.embeddings.to(device), learnt.targets.to(device)
             for name, rows in known.items():
                 hits = neighbour_hits(train_rows, train_targets, rows.embeddings, rows.targets, settings.knn.k, settings.knn.temperature)
                 found = {**accuracy_figures(hits, rows.targets), "k": min(settings.knn.k, len(train_rows)), "n": len(hits)}
-                figures[name] |= {f"knn/{column}/{key}": value for key, value in found.items()}
+                figures[name] |= {f"knn{of}/{column}/{key}": value for key, value in found.items()}
     return figures
 
 

@@ -14,8 +14,10 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.others import open_clip_model, preprocessing_of_open_clip, transformers_model
 from protoclip_scale.evaluation.pixels import Preprocessing
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
-from protoclip_scale.models.build import load_export
 from protoclip_scale.models.transformers_folder import form_of
+from protoclip_scale.objectives.compared import Compared, compared_by
+from protoclip_scale.objectives.token_heads import FILE as TOKEN_HEADS
+from protoclip_scale.objectives.token_heads import load_with_tokens
 from protoclip_scale.recipe import schema
 
 OPEN_CLIP, HUB = "open_clip:", "hf:"
@@ -25,7 +27,7 @@ KINDS = f"a run directory, an export, {OPEN_CLIP}NAME[:PRETRAINED], a folder of 
 class Candidate(NamedTuple):
     """A model to evaluate, on the CPU and in evaluation mode: unit rows from ``encode_image`` (uint8) and ``encode_text``.
 
-    step, own_suite, weights (live or ema): of a run's checkpoint, else None.
+    step, own_suite, weights (live or ema): of a run's checkpoint, else None. compared: what is to be measured of it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Candidate(NamedTuple):
     step: int | None = None
     own_suite: Suite | None = None
     weights: str | None = None
+    compared: Compared = Compared()
 
 
 def load_any(spec: str, checkpoint: str = "latest", weights: str | None = None) -> Iterator[Candidate]:
@@ -56,10 +59,10 @@ def load_any(spec: str, checkpoint: str = "latest", weights: str | None = None) 
         yield Candidate(spec, *transformers_model(spec.removeprefix(HUB)))
     elif (folder / "open_clip_config.json").is_file():
         yield _of_export(folder)
-    elif folder.is_dir() and form_of(folder) in ("clip", "dual_encoder"):
+    elif folder.is_dir() and form_of(folder) in ("clip", "dual_encoder") and not (folder / TOKEN_HEADS).is_file():
         yield Candidate(folder.name, *transformers_model(str(folder)))
-    elif folder.is_dir() and form_of(folder):  # two towers in folders of their own, which no class of transformers holds
-        yield _ours(folder, *load_export(folder))
+    elif folder.is_dir() and form_of(folder):  # token heads, or two towers in folders of their own: no class of transformers holds them
+        yield _ours(folder)
     else:
         what = "is neither a run directory (no checkpoints/) nor an export (no open_clip_config.json, no config.json of a CLIP)" if folder.is_dir() else "does not exist"
         raise UserError(f"--model {spec} {what}; name {KINDS}")
@@ -77,7 +80,7 @@ def _of_run(folder: Path, checkpoint: str, weights: str | None) -> Iterator[Cand
         step = int(path.name.removeprefix("step-"))
         recipe, model, kind = load_model(folder, str(step), weights)
         name = f"{recipe.name}, step {step}{', averaged weights' if kind == 'ema' else ''}"
-        yield Candidate(name, model, _own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind)
+        yield Candidate(name, model, _own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind, compared_by(recipe))
 
 
 def _of_export(folder: Path) -> Candidate:
@@ -88,15 +91,15 @@ def _of_export(folder: Path) -> Candidate:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'open_clip_config.json'} cannot be read ({error}); export the model again") from error
     known = tuple(config.get("preprocess_cfg", {}).get("mean", NORMALIZATION["clip"][0])) in {tuple(mean) for mean, _ in NORMALIZATION.values()}
-    if not timm_tower or not known:
+    if not (folder / TOKEN_HEADS).is_file() and not (timm_tower and known):
         return Candidate(folder.name, *open_clip_model(f"local-dir:{folder}"))
-    settings, model = load_export(folder)
-    preprocessing = preprocessing_of_open_clip({**config.get("preprocess_cfg", {}), "size": settings.image.size}, str(folder))
-    return _ours(folder, settings, model)._replace(preprocessing=preprocessing)
+    found = _ours(folder)
+    return found._replace(preprocessing=preprocessing_of_open_clip({**config.get("preprocess_cfg", {}), "size": found.preprocessing.size}, str(folder)))
 
 
-def _ours(folder: Path, settings: schema.Model, model: torch.nn.Module) -> Candidate:
-    return Candidate(folder.name, model, _own_preprocessing(settings.image), tokenizer_for(settings.text))
+def _ours(folder: Path) -> Candidate:
+    settings, model, compared, _ = load_with_tokens(folder)
+    return Candidate(folder.name, model, _own_preprocessing(settings.image), tokenizer_for(settings.text), compared=compared)
 
 
 def _of_open_clip(name: str, tag: str) -> Candidate:

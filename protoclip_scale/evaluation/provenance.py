@@ -48,7 +48,7 @@ def set_provenance(rows: HeldOutRows, figures: Mapping[str, Any], preprocessing:
         "captions_expected": settings.num_captions,
         "subset_allowed": allow_subset,
         "metric": settings.chosen_metric,
-        "value": figures.get(chosen_key(settings)),
+        "value": figures.get(chosen_key(settings, figures)),
         "precision": precision,
         "preprocessing": preprocessing.as_dict(),
         "data": data_fingerprint(rows),

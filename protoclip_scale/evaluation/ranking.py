@@ -10,6 +10,7 @@ from protoclip_scale.evaluation.retrieval import TOLERANCE, hit_probability
 from protoclip_scale.recipe.schema import EvaluationSet
 
 TOP = 5
+TOKENS = "_tokens"  # in the key of a measure: by late interaction instead of by embeddings
 
 
 def top_k(scores: torch.Tensor, targets: torch.Tensor, k: int) -> float:
@@ -36,31 +37,39 @@ def roc_auc(scores: torch.Tensor, positive: torch.Tensor) -> float:
 
 
 def ranking_figures(images: torch.Tensor, class_rows: torch.Tensor, targets: torch.Tensor, top1: float, metric: str) -> dict[str, float]:
+    """``ranking_figures_of_scores`` by cosines: ``images`` [n, D], ``class_rows`` [C, D] unit rows; rows with target -1 are left out."""
+    return ranking_figures_of_scores(images[targets >= 0] @ class_rows.T, targets[targets >= 0], top1, metric)
+
+
+def ranking_figures_of_scores(scores: torch.Tensor, targets: torch.Tensor, top1: float, metric: str) -> dict[str, float]:
     """``top5`` and ``top1_top5`` (their mean with top 1) of more than five classes; ``roc_auc`` of two, the second being positive, where it is the ``metric``.
 
-    ``images`` [n, D], ``class_rows`` [C, D] unit rows; rows with target -1 are left out. UserError for a metric that the number of classes does not allow.
+    ``scores`` [n, C], ``targets`` [n] int64. UserError for a metric that the number of classes does not allow.
     """
-    if metric == "roc_auc" and len(class_rows) != 2:
-        raise UserError(f"metric roc_auc is for two classes, not {len(class_rows)}; choose top1 or class_mean")
-    if metric == "top1_top5" and len(class_rows) <= TOP:
-        raise UserError(f"metric top1_top5 is for more than {TOP} classes, not {len(class_rows)}; choose top1 or class_mean")
-    scores, targets = images[targets >= 0] @ class_rows.T, targets[targets >= 0]
+    num_classes = scores.shape[1]
+    if metric == "roc_auc" and num_classes != 2:
+        raise UserError(f"metric roc_auc is for two classes, not {num_classes}; choose top1 or class_mean")
+    if metric == "top1_top5" and num_classes <= TOP:
+        raise UserError(f"metric top1_top5 is for more than {TOP} classes, not {num_classes}; choose top1 or class_mean")
     figures = {}
-    if len(class_rows) > TOP:
+    if num_classes > TOP:
         top5 = top_k(scores, targets, TOP)
         figures = {"top5": top5, "top1_top5": (top1 + top5) / 2}
     return figures | ({"roc_auc": roc_auc(scores[:, 1] - scores[:, 0], targets == 1)} if metric == "roc_auc" else {})
 
 
-def chosen_key(held_out: EvaluationSet) -> str:
-    """The key of the figure that stands for a set."""
+def chosen_key(held_out: EvaluationSet, figures: Mapping[str, Any]) -> str:
+    """The key of the figure that stands for a set: by embeddings, or by tokens where ``figures`` has no such one."""
     metric = held_out.chosen_metric
-    return f"{held_out.name}/retrieval/{metric}" if metric == "mean_recall" else f"{held_out.name}/zero_shot/{held_out.classify[0]}/{metric}"
+    measure, column = ("retrieval", "") if metric == "mean_recall" else ("zero_shot", f"/{held_out.classify[0]}")
+    keys = [f"{held_out.name}/{measure}{suffix}{column}/{metric}" for suffix in ("", TOKENS)]
+    return next((key for key in keys if key in figures), keys[0])
 
 
 def average(sets: Sequence[EvaluationSet], figures: Mapping[str, Any]) -> float:
     """The unweighted mean over sets of the figure that stands for each. UserError for a set that has none."""
-    for held_out in sets:
-        if chosen_key(held_out) not in figures:
-            raise UserError(f"evaluation set {held_out.name} has no figure {chosen_key(held_out)}, so the suite has no average; correct its metric, its classify or its captions")
-    return sum(figures[chosen_key(held_out)] for held_out in sets) / len(sets)
+    keys = {held_out.name: chosen_key(held_out, figures) for held_out in sets}
+    for name, key in keys.items():
+        if key not in figures:
+            raise UserError(f"evaluation set {name} has no figure {key}, so the suite has no average; correct its metric, its classify or its captions")
+    return sum(figures[key] for key in keys.values()) / len(keys)

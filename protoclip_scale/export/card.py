@@ -8,6 +8,7 @@ import yaml
 
 from protoclip_scale.export.snippets import snippets_of
 from protoclip_scale.export.source import published
+from protoclip_scale.objectives.compared import Compared
 from protoclip_scale.recipe import schema
 from protoclip_scale.report.evaluation_table import evaluation_rows
 
@@ -37,6 +38,7 @@ class Facts(NamedTuple):
     training: Mapping[str, str]
     recipe: str
     repo: str | None
+    compared: Compared = Compared()
 
 
 def write_card(facts: Facts, layout: str, folder: Path) -> str:
@@ -64,14 +66,18 @@ def _front_matter(facts: Facts, layout: str) -> dict[str, Any]:
 def _summary(facts: Facts, layout: str) -> str:
     image, text = facts.settings.image, facts.settings.text
     text_tower = f"CLIP's text transformer ({text.layers} layers, width {text.width}, {text.context_length} tokens)" if text.name == "clip" else f"{text.name} ({text.context_length} tokens)"
+    embeddings = f"unit embeddings of {facts.settings.embed_dim} numbers for pictures and captions, to be compared by their cosine"
+    tokens = "sets of token features of pictures and captions, to be compared by late interaction (FILIP), by way of token_heads.safetensors"
+    kinds = [words for words, there in ((embeddings, facts.compared.embeddings), (tokens, facts.compared.tokens)) if there]
+    warning = "" if facts.compared.embeddings else "The embeddings that other libraries compute with it were not trained and mean nothing. "
     return (
-        f"An image-text model: unit embeddings of {facts.settings.embed_dim} numbers for pictures and captions, to be compared by their cosine. "
+        f"An image-text model: {', and '.join(kinds)}. {warning}"
         f"Image tower: {image.name} of timm at {image.size} x {image.size} pixels ({image.normalization} normalisation). Text tower: {text_tower}. Layout: {layout}."
     )
 
 
 def _use(facts: Facts, layout: str, folder: Path) -> str:
-    return "\n\n".join(f"With {title}:\n\n```python\n{code.strip()}\n```" for title, code in snippets_of(layout, folder, facts.repo).items())
+    return "\n\n".join(f"With {title}:\n\n```python\n{code.strip()}\n```" for title, code in snippets_of(layout, folder, facts.repo, facts.compared).items())
 
 
 def _data(facts: Facts) -> str:
@@ -88,7 +94,7 @@ def _evaluation(facts: Facts) -> str:
     tables = evaluation_rows(facts.figures, facts.baseline)
     if not tables:
         return "None was made during the run."
-    parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; the last column is the best constant answer or chance."]
+    parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; by tokens: late interaction; the last column is the best constant answer or chance."]
     for title, rows in tables.items():
         parts.append(f"**{title}**\n\n" + _table(("figure", "model", "untrained", "constant or chance"), [tuple(row) for row in rows]))
     return "\n\n".join(parts)

@@ -14,6 +14,7 @@ from protoclip_scale.data.sources.filesystems import is_url
 from protoclip_scale.export.card import DataSource, Facts, write_card
 from protoclip_scale.export.manifest import sha256_of
 from protoclip_scale.export.writing import Extras
+from protoclip_scale.objectives.compared import compared_by
 from protoclip_scale.recipe import Recipe, dump, schema
 from protoclip_scale.redact import redact_text
 
@@ -45,6 +46,7 @@ def extras_of_run(run_dir: Path, recipe: Recipe, point: Checkpoint, license: str
         training=_training(recipe, point, environment),
         recipe=text,
         repo=repo,
+        compared=compared_by(recipe),
     )
     origin = {"run": recipe.name, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(), **point._asdict(), "release": __version__}
     return Extras(lambda layout, folder: write_card(facts, layout, folder), prototypes, origin)

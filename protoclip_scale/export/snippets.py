@@ -4,6 +4,7 @@ from pathlib import Path
 
 from protoclip_scale.models.text import pooling_of
 from protoclip_scale.models.transformers_folder import TEXT, form_of
+from protoclip_scale.objectives.compared import Compared
 
 _OPEN_CLIP = """
 import open_clip, torch
@@ -62,16 +63,31 @@ similarities = model.encode_image([Image.open("photo.jpg")]) @ model.encode_text
 print(dict(zip(labels, similarities[0].tolist())))
 """
 
+_OURS_TOKENS = """
+import protoclip_scale
+from PIL import Image
+
+{fetched}model = protoclip_scale.load(folder)
+labels = ["a cat", "a red car"]
+similarities = model.late_interaction(model.encode_image_tokens([Image.open("photo.jpg")]), model.encode_text_tokens(labels))
+print(dict(zip(labels, similarities[0].tolist())))
+"""
+
 _POOLED = {"mean": "(states * mask).sum(1) / mask.sum(1)", "first": "states[:, 0]"}
 
 
-def snippets_of(layout: str, folder: Path, repo: str | None) -> dict[str, str]:
-    """{library: code}. ``folder``: of the export; ``repo``: its name on the Hub, or None for code that is run in the folder."""
+def snippets_of(layout: str, folder: Path, repo: str | None, compared: Compared) -> dict[str, str]:
+    """{library: code} for what is ``compared``. ``folder``: of the export; ``repo``: its name on the Hub, or None for code that is run in the folder."""
+    fetched = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")\n' if repo else 'folder = "."\n'
+    tokens = {"protoclip-scale, by tokens": _OURS_TOKENS.format(fetched=fetched)} if compared.tokens else {}
+    return (_of_embeddings(layout, folder, repo, fetched) if compared.embeddings else {}) | tokens
+
+
+def _of_embeddings(layout: str, folder: Path, repo: str | None, fetched: str) -> dict[str, str]:
     places = {"plain": repo or ".", "open_clip": f"hf-hub:{repo}" if repo else "local-dir:."}
     ours = {} if repo else {"protoclip-scale": _OURS.format(**places)}
     if layout == "open_clip":
         return {"open_clip": _OPEN_CLIP.format(**places)} | ours
     if form_of(folder) != "folders":
         return {"transformers": _WHOLE.format(**places)} | ours
-    fetched = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")\n' if repo else 'folder = "."\n'
     return {"transformers": _FOLDERS.format(fetched=fetched, pooled=_POOLED[pooling_of(str(folder / TEXT))])} | ours

@@ -9,6 +9,7 @@ import torch
 
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.text import CLIP_VOCABULARY, TextTower, own_ids
+from protoclip_scale.objectives.token_heads import TokenHeads
 from protoclip_scale.recipe import schema
 
 FEATURES = frozenset({"image", "text", "logit_scale"})
@@ -32,15 +33,16 @@ class Embeddings(NamedTuple):
 
 class Source(NamedTuple):
     """``structure``: the model, perhaps without values (on the meta device); ``read``: one of its tensors by its name; ``embed``: the model's embeddings of a
-    probe, its weights rounded to a dtype as files of that dtype round them."""
+    probe, its weights rounded to a dtype as files of that dtype round them; ``tokens``: of its token heads, which ``read`` has, too."""
 
     settings: schema.Model
     structure: DualEncoder
     read: Callable[[str], torch.Tensor]
     embed: Callable[[Probe, torch.dtype], Embeddings]
+    tokens: TokenHeads | None = None
 
 
-def source_of_model(model: DualEncoder, settings: schema.Model) -> Source:
+def source_of_model(model: DualEncoder, settings: schema.Model, tokens: TokenHeads | None = None) -> Source:
     """A model in memory; it is not changed. Costs a second copy while files of another dtype than float32, or a model on a GPU, are checked."""
     state = model.state_dict()
 
@@ -54,7 +56,7 @@ def source_of_model(model: DualEncoder, settings: schema.Model) -> Source:
         finally:
             model.train(training)
 
-    return Source(settings, model, lambda name: state[name].detach(), embed)
+    return Source(settings, model, lambda name: state[name].detach(), embed, tokens)
 
 
 def structure_of(settings: schema.Model) -> DualEncoder:

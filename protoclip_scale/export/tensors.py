@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
@@ -22,11 +23,11 @@ def planned_shapes(plan: Plan, structure: Mapping[str, torch.Tensor]) -> dict[st
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()}
 
 
-def write_tensors(path: Path, plan: Plan, structure: Mapping[str, torch.Tensor], read: Read, dtype: torch.dtype) -> str:
+def write_tensors(path: Path, plan: Plan, structure: Mapping[str, torch.Tensor], read: Read, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})) -> str:
     """Write a file of floats in ``dtype`` (see ``stays_float32``); its sha256. Holds one parameter at a time."""
     entries = [Entry(name, _stored(plan[name], own, dtype), shape) for name, (shape, own) in planned_shapes(plan, structure).items()]
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))  # as the format wants them
-    return write_shard(path, entries, (made_of(plan[entry.name], read).to(entry.dtype) for entry in entries), {"format": "pt"})
+    return write_shard(path, entries, (made_of(plan[entry.name], read).to(entry.dtype) for entry in entries), dict(metadata))
 
 
 def made_of(made: Made, read: Read) -> torch.Tensor:

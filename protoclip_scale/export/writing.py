@@ -15,6 +15,8 @@ from protoclip_scale.export.source import DTYPES, Embeddings, Probe, Source, mad
 from protoclip_scale.export.tensors import Plan, compare_tensors, write_tensors
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.open_clip_keys import Made
+from protoclip_scale.objectives.token_heads import FILE as TOKEN_HEADS
+from protoclip_scale.objectives.token_heads import read_facts, token_plan
 from protoclip_scale.recipe import schema
 
 TOLERANCE = 1e-4  # of the self-test's unit embeddings; fp32 rounding stays far below, a wrong pooling far above
@@ -61,7 +63,7 @@ def try_layout(layout: str, model: DualEncoder, settings: schema.Model) -> list[
 
 
 def export(source: Source, layout: str, folder: str | Path, dtype: str = "float32", extras: Extras = Extras()) -> Path:  # noqa: B008 (it is immutable)
-    """Write weights, configuration, tokenizer, image processing, card and manifest. The folder appears only after the layout's library has loaded it and given
+    """Write weights, configuration, tokenizer, image processing, token heads if the source has any, card and manifest. The folder appears only after the layout's library has loaded it and given
     the model's own embeddings of made-up inputs. Returns the folder.
 
     Memory: one parameter at a time is read and written; the comparison holds the model, if ``source.embed`` must load it, and then the other library's, never
@@ -79,6 +81,9 @@ def export(source: Source, layout: str, folder: str | Path, dtype: str = "float3
     try:
         plans, state = LAYOUTS[layout].write_files(source, draft, dtype), structure.state_dict()
         digests = {file: write_tensors(draft / file, plan, state, source.read, DTYPES[dtype]) for file, plan in plans.items()}
+        if source.tokens:
+            plan, kept = token_plan(settings), {name: source.read(name) for each in token_plan(settings).values() for name in each.sources}
+            digests[TOKEN_HEADS] = write_tensors(draft / TOKEN_HEADS, plan, kept, kept.__getitem__, torch.float32, source.tokens.metadata())
         if extras.prototypes:
             kept = extras.prototypes
             digests[PROTOTYPES] = write_tensors(draft / PROTOTYPES, _as_they_are(kept), kept, kept.__getitem__, torch.float32)
@@ -103,11 +108,13 @@ def verify(source: Source, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = check_files(folder)
     with TemporaryDirectory() as scratch:
-        plans = LAYOUTS[manifest["layout"]].write_files(source, Path(scratch), manifest["dtype"])
+        plans = LAYOUTS[manifest["layout"]].write_files(source, Path(scratch), manifest["dtype"]) | ({TOKEN_HEADS: token_plan(source.settings)} if source.tokens else {})
     for file, plan in plans.items():
         if file not in manifest["files"]:
             raise UserError(f"{folder}: it has no {file}; it is not an export of this model, write it again")
         compare_tensors(folder / file, plan, source.read)
+    if source.tokens and read_facts(folder / TOKEN_HEADS) != source.tokens:
+        raise UserError(f"{folder / TOKEN_HEADS}: what it says of its tokens is not so in the model; it is an export of another run, write it again")
     return manifest
 
 

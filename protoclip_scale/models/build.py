@@ -42,18 +42,18 @@ def is_export(folder: Path) -> bool:
     return (folder / "open_clip_config.json").is_file() or form_of(folder) is not None
 
 
-def load_export(folder: str | Path) -> tuple[schema.Model, DualEncoder]:
+def load_export(folder: str | Path, heads: Mapping[str, Head] | None = None) -> tuple[schema.Model, DualEncoder]:
     """The settings and the model (features image, text, logit_scale; in evaluation mode, float32) of an export of either layout, of a transformers CLIP
-    directory, or of an open_clip one with a timm tower. Raises UserError for anything else."""
+    directory, or of an open_clip one with a timm tower. ``heads`` are built besides, as they start. Raises UserError for anything else."""
     folder = Path(folder)
     if (folder / "open_clip_config.json").is_file():
-        return load_open_clip_export(folder)
+        return load_open_clip_export(folder, heads)
     form = form_of(folder)
     if form is None:
         raise UserError(f"{folder} is no export: it holds neither open_clip_config.json nor a config.json of a CLIP, nor projections.safetensors")
     settings = _settings_of_folder(folder, form)
     with torch.random.fork_rng(devices=[]):
-        model = DualEncoder(settings, EMBEDDING, pretrained=False)
+        model = DualEncoder(settings, EMBEDDING | frozenset(heads or ()), pretrained=False, heads=heads)
     load_folder(model, folder)
     return settings, model.eval()
 
@@ -102,7 +102,7 @@ def _normalization(mean: Sequence[float], folder: Path) -> str:
     return found
 
 
-def load_open_clip_export(folder: str | Path) -> tuple[schema.Model, DualEncoder]:
+def load_open_clip_export(folder: str | Path, heads: Mapping[str, Head] | None = None) -> tuple[schema.Model, DualEncoder]:
     """The settings and the model (features image, text, logit_scale; in evaluation mode) of an open_clip export with a timm tower."""
     _, config = read_open_clip_folder(Path(folder))
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -121,6 +121,6 @@ def load_open_clip_export(folder: str | Path) -> tuple[schema.Model, DualEncoder
         init_from=str(folder),
     )
     with torch.random.fork_rng(devices=[]):
-        model = DualEncoder(settings, EMBEDDING, pretrained=False)
+        model = DualEncoder(settings, EMBEDDING | frozenset(heads or ()), pretrained=False, heads=heads)
     load_initial_weights(model, settings)
     return settings, model.eval()

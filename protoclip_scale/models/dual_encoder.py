@@ -121,8 +121,8 @@ class DualEncoder(nn.Module):
         ``views``: the inputs of further views by ``image@VIEW``, (images,), and ``text@VIEW``, (ids, lengths) and labels if it is masked; each makes a pass of its own.
         Towers, with the heads that read their tokens, take at most ``microbatch`` rows at once (see ``in_microbatches``), other heads all rows of a view. Lengths and labels may lie on the CPU in any case.
         """
-        known = self.features | {"image", "text"} | BEFORE_THE_EMBEDDING
-        assert wants | records <= known, f"wanted {set((wants | records) - known)} which the model was not built for"
+        asked, known = kinds_of(wants | records), kinds_of(self.features) | {"image", "text"} | BEFORE_THE_EMBEDDING
+        assert asked <= known, f"wanted {set(asked - known)} which the model was not built for"
         inputs = {"image": (images,), "text": (token_ids, token_lengths)} | dict(views or {})
         with self._autocast((token_ids if images is None else images).device):
             return self._features(inputs, wants, wants | records, microbatch)

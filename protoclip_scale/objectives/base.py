@@ -39,9 +39,10 @@ class Objective(ABC):
     ``needs``: the features it reads, named ``KIND`` or ``KIND@VIEW``. Kinds are ``image``, ``text`` (unit rows [B, embed_dim]), ``logit_scale`` (1,), those of
     ``models.heads.PROTOTYPE_HEADS``, those of ``heads``, and those of ``objectives.inputs.INPUT_FEATURES``, which are made of the batch alone. ``gathers``: those it needs from the whole
     batch, with gradient; ``gathers_constant``: those it needs without (any dtype). Both may name ``derived`` ones. ``clusters``: the labelings an episode must hand to it ("image", "text", "teacher"),
-    empty if none. ``stops_when_locked``: it trains the image tower alone, so it has no part in the locked-image ending.
+    empty if none. ``token_kinds``: the kinds of an image's and of a text's token features that the trained model is evaluated by, unit rows [B, T, D] with rows of zeros where no token
+    counts, or None. ``stops_when_locked``: it trains the image tower alone, so it has no part in the locked-image ending.
 
-    All of them may be set in ``__init__``, which knows the settings; ``clusters`` and ``stops_when_locked`` belong to the class.
+    All of them may be set in ``__init__``, which knows the settings; ``clusters``, ``token_kinds`` and ``stops_when_locked`` belong to the class.
     """
 
     needs: frozenset[str] = frozenset()
@@ -49,6 +50,7 @@ class Objective(ABC):
     gathers_constant: tuple[str, ...] = ()
     views: Views = Views()
     clusters: tuple[str, ...] = ()
+    token_kinds: tuple[str, str] | None = None
     stops_when_locked = False
 
     def __init__(self, settings: ObjectiveSettings, recipe: Recipe):

@@ -88,6 +88,14 @@ class TextTokens(nn.Module):
         return F.pad(rows.masked_fill(~mask[..., None], 0), (0, 0, 0, self.context - rows.shape[1]))
 
 
+def token_heads(dim: int, special_tokens: bool) -> dict[str, Head]:
+    """What makes an image's and a text's tokens, by kind."""
+    return {
+        "filip_image": Head(("image_tokens",), lambda widths, model: ImageTokens(widths.image_tokens, dim, widths.image_prefix_tokens), in_parts=True),
+        "filip_text": Head(("text_tokens",), lambda widths, model: TextTokens(widths.text_tokens, dim, widths.context_length, special_tokens), in_parts=True),
+    }
+
+
 def _without_specials(mask_BT: torch.Tensor) -> torch.Tensor:
     lengths, places = mask_BT.sum(1, keepdim=True), torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return torch.where(lengths > 2, (places > 0) & (places < lengths - 1), mask_BT)
@@ -95,6 +103,8 @@ def _without_specials(mask_BT: torch.Tensor) -> torch.Tensor:
 
 class LateInteraction(Objective):
     """Active in every episode."""
+
+    token_kinds = ("filip_image", "filip_text")
 
     def __init__(self, settings: Settings, recipe: Recipe):
         super().__init__(settings, recipe)
@@ -109,12 +119,7 @@ class LateInteraction(Objective):
         self.views = two_views(recipe, settings.masked_text) if settings.further_views else Views(masked=masked)
 
     def heads(self) -> dict[str, Head]:
-        settings = self.settings
-        return {
-            "filip_image": Head(("image_tokens",), lambda widths, model: ImageTokens(widths.image_tokens, settings.dim, widths.image_prefix_tokens), in_parts=True),
-            "filip_text": Head(("text_tokens",), lambda widths, model: TextTokens(widths.text_tokens, settings.dim, widths.context_length, settings.special_tokens), in_parts=True),
-            "filip_scale": temperature(),
-        }
+        return token_heads(self.settings.dim, self.settings.special_tokens) | {"filip_scale": temperature()}
 
     def _tokens(self, rows_BTD: torch.Tensor) -> Tokens:
         return present(rows_BTD.bfloat16() if self.settings.products == "bf16" else rows_BTD)

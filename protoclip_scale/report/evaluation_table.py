@@ -2,8 +2,8 @@
 
 Keys read: ``SET/zero_shot/COLUMN/top1|class_mean|roc_auc|constant|classes|n``, ``SET/retrieval/image_to_text|text_to_image/R@k``,
 ``SET/retrieval/mean_recall|chance_R@10|n``, ``SET/probe.../COLUMN/top1``, ``SET/few_shot/COLUMN/{S}shot/top1|spread``, ``SET/knn/COLUMN/top1|k``, ``SET/modality_gap``,
-``SET/image_effective_rank``, ``SET/text_effective_rank``, ``SET/kmeans/COLUMN/ami`` and ``SET/clusters/COLUMN/PROTOTYPES/ami``; SET may hold a slash (gallery/set). Figures of other names are
-left to metrics.jsonl.
+``SET/image_effective_rank``, ``SET/text_effective_rank``, ``SET/kmeans/COLUMN/ami`` and ``SET/clusters/COLUMN/PROTOTYPES/ami``; SET may hold a slash (gallery/set). ``zero_shot_tokens``,
+``retrieval_tokens``, ``few_shot_tokens`` and ``knn_tokens`` are the same by tokens. Figures of other names are left to metrics.jsonl.
 """
 
 import re
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from protoclip_scale.report.plain import DASH, as_number, count, number, percent
 
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>zero_shot|retrieval|probe\w*|few_shot|knn|kmeans|modality_gap|(?:image|text)_effective_rank|clusters)(?:/(?P<rest>.+))?")
+_KEY = re.compile(r"(?P<set>.+?)/(?P<measure>(?:zero_shot|retrieval|few_shot|knn)(?:_tokens)?|probe\w*|kmeans|modality_gap|(?:image|text)_effective_rank|clusters)(?:/(?P<rest>.+))?")
 
-_SHOTS = re.compile(r"few_shot/([^/]+)/(\d+)shot/top1")
+_SHOTS = re.compile(r"few_shot(|_tokens)/([^/]+)/(\d+)shot/top1")
+_WAYS = {"": "", "_tokens": ", by tokens"}  # how images and texts are compared, in keys and in words
 
 
 class Row(NamedTuple):
@@ -53,29 +54,33 @@ def rows_of_set(figures: Mapping[str, Any], baseline: Mapping[str, Any]) -> list
         if key in figures:
             rows.append(Row(label, write(figures[key]), write(baseline.get(key)), reference))
 
-    for column in _columns(figures, "zero_shot"):
-        prefix = f"zero_shot/{column}"
-        classes, num_rows = as_number(figures.get(f"{prefix}/classes")), figures.get(f"{prefix}/n")
-        size = ", ".join(text for text in (f"{count(classes)} classes" if classes else "", f"{count(num_rows)} images" if num_rows else "") if text)
-        add(f"zero-shot {column}, top 1" + (f" ({size})" if size else ""), f"{prefix}/top1", percent(figures.get(f"{prefix}/constant")))
-        add(f"zero-shot {column}, class mean", f"{prefix}/class_mean", percent(1 / classes if classes else None))
-        add(f"zero-shot {column}, ROC-AUC", f"{prefix}/roc_auc", percent(0.5))
-    chance = figures.get("retrieval/chance_R@10")
-    size = f" (n {count(figures['retrieval/n'])})" if "retrieval/n" in figures else ""
-    for direction, words in DIRECTIONS.items():
-        add(f"{words}, R@10{size}", f"retrieval/{direction}/R@10", percent(chance))
-    add("mean recall, R@1/5/10", "retrieval/mean_recall", percent(figures.get("retrieval/chance_mean_recall")))
+    for way, words in _WAYS.items():
+        for column in _columns(figures, f"zero_shot{way}"):
+            prefix = f"zero_shot{way}/{column}"
+            classes, num_rows = as_number(figures.get(f"{prefix}/classes")), figures.get(f"{prefix}/n")
+            size = ", ".join(text for text in (f"{count(classes)} classes" if classes else "", f"{count(num_rows)} images" if num_rows else "") if text)
+            add(f"zero-shot {column}, top 1{words}" + (f" ({size})" if size else ""), f"{prefix}/top1", percent(figures.get(f"{prefix}/constant")))
+            add(f"zero-shot {column}, class mean{words}", f"{prefix}/class_mean", percent(1 / classes if classes else None))
+            add(f"zero-shot {column}, ROC-AUC{words}", f"{prefix}/roc_auc", percent(0.5))
+    for way, words in _WAYS.items():
+        prefix = f"retrieval{way}"
+        size = f" (n {count(figures[f'{prefix}/n'])})" if f"{prefix}/n" in figures else ""
+        for direction, title in DIRECTIONS.items():
+            add(f"{title}, R@10{words}{size}", f"{prefix}/{direction}/R@10", percent(figures.get(f"{prefix}/chance_R@10")))
+        add(f"mean recall, R@1/5/10{words}", f"{prefix}/mean_recall", percent(figures.get(f"{prefix}/chance_mean_recall")))
     for measure in dict.fromkeys(key.split("/")[0] for key in figures if key.startswith("probe")):
         protocol = measure.removeprefix("probe").replace("_", " ").strip()
         for column in _columns(figures, measure):
             constant = figures.get(f"{measure}/{column}/constant", figures.get(f"zero_shot/{column}/constant"))
             add(f"linear probe {column}, top 1" + (f" [{protocol}]" if protocol else ""), f"{measure}/{column}/top1", percent(constant))
-    for column in _columns(figures, "knn"):
-        add(f"{count(figures.get(f'knn/{column}/k'))} nearest neighbours {column}, top 1", f"knn/{column}/top1", percent(figures.get(f"zero_shot/{column}/constant")))
-    for key, (column, shots) in ((key, found.groups()) for key in figures if (found := _SHOTS.fullmatch(key))):
+    for way, words in _WAYS.items():
+        for column in _columns(figures, f"knn{way}"):
+            constant = percent(figures.get(f"zero_shot{way}/{column}/constant"))
+            add(f"{count(figures.get(f'knn{way}/{column}/k'))} nearest neighbours {column}, top 1{words}", f"knn{way}/{column}/top1", constant)
+    for key, (way, column, shots) in ((key, found.groups()) for key in figures if (found := _SHOTS.fullmatch(key))):
         spread = percent(figures.get(key.removesuffix("top1") + "spread"))
-        reference = f"zero-shot {percent(figures.get(f'zero_shot/{column}/top1'))}"
-        rows.append(Row(f"few-shot {column}, {shots} a class", f"{percent(figures[key])} ± {spread}", percent(baseline.get(key)), reference))
+        reference = f"zero-shot {percent(figures.get(f'zero_shot{way}/{column}/top1'))}"
+        rows.append(Row(f"few-shot {column}, {shots} a class{_WAYS[way]}", f"{percent(figures[key])} ± {spread}", percent(baseline.get(key)), reference))
     add("modality gap", "modality_gap", write=lambda value: number(value, 3))
     for modality in ("image", "text"):
         add(f"{modality} effective rank", f"{modality}_effective_rank", write=lambda value: "-" if value is None else f"{value:.1f}")

@@ -11,17 +11,19 @@ BUCKET_ELEMENTS = 50_000_000
 
 
 class Sizes(NamedTuple):
-    """Numbers of parameters: all, those that train, the largest repeated block's, those in no block; and whether averaged weights are kept."""
+    """Numbers of parameters: all, those that train, the largest repeated block's, those in no block; whether averaged weights are kept; and of those that train, those that SGD
+    steps on, which remembers one number for each where AdamW and LAMB remember two."""
 
     parameters: int
     trained: int
     largest_block: int
     outside_blocks: int
     averaged: bool
+    by_sgd: int = 0
 
 
 class StateMemory(NamedTuple):
-    """Bytes of one rank. ``optimizer``: AdamW's moments and, under ZeRO, the weights it steps on. ``buckets``: what is reduced or gathered at once. ``host``: in CPU memory besides."""
+    """Bytes of one rank. ``optimizer``: its moments and, under ZeRO, the weights it steps on. ``buckets``: what is reduced or gathered at once. ``host``: in CPU memory besides."""
 
     weights: int
     gradients: int
@@ -45,7 +47,7 @@ def _average(sizes: Sizes, world: int) -> float:
 
 def replicated(sizes: Sizes, world: int) -> StateMemory:
     """DDP's buckets are the memory of the gradients themselves (``gradient_as_bucket_view``)."""
-    return _floats(sizes.parameters, sizes.trained, MOMENTS * sizes.trained, _average(sizes, world), buckets=0)
+    return _floats(sizes.parameters, sizes.trained, MOMENTS * sizes.trained - sizes.by_sgd, _average(sizes, world), buckets=0)
 
 
 def zero1(sizes: Sizes, world: int) -> StateMemory:
@@ -85,7 +87,7 @@ def fsdp2(sizes: Sizes, world: int) -> StateMemory:
 @dataclass(frozen=True)
 class Layout:
     """A strategy as a user chooses it. ``files``: of launch/accelerate/, by device. ``traffic``: what it communicates in a step. ``compiles``: whether it takes
-    ``optim.compile_blocks``. ``alone``: whether it is for one rank, for several (false), or for both (None)."""
+    ``optim.compile_blocks``. ``steps_whole``: whether it takes other optimisers than AdamW. ``alone``: whether it is for one rank, for several (false), or for both (None)."""
 
     title: str
     memory: Callable[[Sizes, int], StateMemory]
@@ -93,14 +95,15 @@ class Layout:
     traffic: str
     compiles: bool = True
     alone: bool | None = False
+    steps_whole: bool = False
 
-    def makes_sense(self, world: int, device: str) -> bool:
-        return device in self.files and self.alone in (None, world == 1)
+    def makes_sense(self, world: int, device: str, optimizer: str) -> bool:
+        return device in self.files and self.alone in (None, world == 1) and (self.steps_whole or optimizer == "adamw")
 
 
 LAYOUTS = (  # least communication first
-    Layout("single process", replicated, {"cuda": "single.yaml", "cpu": "single.yaml"}, "communicates nothing", alone=True),
-    Layout("DDP", replicated, {"cuda": "ddp.yaml", "cpu": "cpu.yaml"}, "sums up gradients while the backward pass runs"),
+    Layout("single process", replicated, {"cuda": "single.yaml", "cpu": "single.yaml"}, "communicates nothing", alone=True, steps_whole=True),
+    Layout("DDP", replicated, {"cuda": "ddp.yaml", "cpu": "cpu.yaml"}, "sums up gradients while the backward pass runs", steps_whole=True),
     Layout("ZeRO-1", zero1, {"cuda": "zero1.yaml", "cpu": "cpu_zero1.yaml"}, "sums up gradients, then gathers the new weights"),
     Layout("ZeRO-2", zero2, {"cuda": "zero2.yaml", "cpu": "cpu_zero2.yaml"}, "sums up gradients in parts, then gathers the new weights"),
     Layout("ZeRO-3", zero3, {"cuda": "zero3.yaml", "cpu": "cpu_zero3.yaml"}, "gathers weights module by module, in both passes", compiles=False),

@@ -30,7 +30,7 @@ class TextTower(Section):
     heads: Positive = Field(8, description="Attention heads of CLIP's text transformer.")
     layers: Positive = Field(12, description="Layers of CLIP's text transformer.")
     activation: Literal["gelu", "quick_gelu"] = Field("gelu", description="Activation of CLIP's text transformer; the original used quick_gelu.")
-    causal: bool = Field(True, description="CLIP's text transformer: each token sees those before it, as in CLIP. false: it sees all of the caption's. Other encoders have their own attention.")
+    causal: bool = Field(True, description="CLIP's text transformer: each token sees those before it, as in CLIP. false: it sees all of the caption's, which no layout of an export holds. Other encoders have their own attention.")
     mask_token: bool = Field(False, description="A mask token, which masked language modelling needs: one more row in CLIP's table of tokens (exports leave it out); another encoder must bring its own.")
     grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 

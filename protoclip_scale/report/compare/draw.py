@@ -14,7 +14,7 @@ LOSS = "loss"
 COLUMNS = 3
 PANEL = (4.6, 3.2)  # inches
 DOTS = 140  # an inch
-FEW_SHOT = re.compile(r"(?P<place>.+)/few_shot/(?P<column>[^/]+)/(?P<shots>\d+)shot/top1")
+FEW_SHOT = re.compile(r"(?P<place>.+)/few_shot(?P<way>|_tokens)/(?P<column>[^/]+)/(?P<shots>\d+)shot/top1")
 
 
 def _pyplot():
@@ -80,17 +80,17 @@ def _few_shot(pyplot, table: pd.DataFrame, path: Path) -> Path:
     """Each run's last few-shot accuracies with their spread over draws, against its zero-shot accuracy (dashed)."""
     evaluated = table[table["source"] != "train"].sort_values("step", kind="stable")
     last = evaluated.groupby(["run", "key"]).tail(1).set_index(["run", "key"])["value"]
-    found: dict[tuple[str, str], dict[str, list[tuple[int, str]]]] = {}
+    found: dict[tuple[str, str, str], dict[str, list[tuple[int, str]]]] = {}
     for run, key in last.index:
         if match := FEW_SHOT.fullmatch(key):
-            found.setdefault((match["place"], match["column"]), {}).setdefault(run, []).append((int(match["shots"]), key))
-    figure, places = _panels(pyplot, [f"{place}: {column}" for place, column in found])
-    for panel, ((place, column), runs) in zip(places, found.items(), strict=False):
+            found.setdefault((match["place"], match["way"], match["column"]), {}).setdefault(run, []).append((int(match["shots"]), key))
+    figure, places = _panels(pyplot, [f"{place}: {column}{way.replace('_', ' ')}" for place, way, column in found])
+    for panel, ((place, way, column), runs) in zip(places, found.items(), strict=False):
         for number, (run, points) in enumerate(runs.items()):
             points.sort()
             values, spreads = ([last[run, key.removesuffix("top1") + name] for _, key in points] for name in ("top1", "spread"))
             panel.errorbar([shots for shots, _ in points], values, yerr=spreads, color=f"C{number}", marker="o", markersize=3, capsize=2, linewidth=1.2, label=run)
-            if (run, zero_shot := f"{place}/zero_shot/{column}/top1") in last.index:
+            if (run, zero_shot := f"{place}/zero_shot{way}/{column}/top1") in last.index:
                 panel.axhline(last[run, zero_shot], color=f"C{number}", linestyle="--", linewidth=1, label=f"{run}, zero-shot")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")

@@ -8,7 +8,7 @@ import pandas as pd
 from protoclip_scale.errors import UserError
 from protoclip_scale.report.compare.runs import ComparedRun
 
-HEADLINES = ("*/zero_shot/*/top1", "*/retrieval/mean_recall", "*/probe*/*/top1", "*/knn/*/top1", "*/few_shot/*/top1")  # shares, the more the better
+HEADLINES = ("*/zero_shot*/*/top1", "*/retrieval*/mean_recall", "*/probe*/*/top1", "*/knn*/*/top1", "*/few_shot*/*/top1")  # shares, the more the better
 NEEDS = ("samples", "hours", "exaflops")
 
 

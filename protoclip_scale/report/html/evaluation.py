@@ -25,14 +25,21 @@ class Measure:
     is_share: bool = True
 
 
+_WAYS = (("", ""), ("_tokens", ", by tokens"))  # how images and texts are compared, in keys and in words
 MEASURES = (
-    Measure("Zero-shot accuracy, top 1", re.compile(r"zero_shot/([^/]+)/top1"), "zero_shot/{}/constant"),
-    Measure("Zero-shot accuracy, class mean", re.compile(r"zero_shot/([^/]+)/class_mean")),
-    Measure("Retrieval R@10", re.compile(r"retrieval/([^/]+)/R@10"), "retrieval/chance_R@10"),
-    Measure("Retrieval, mean of R@1, 5 and 10", re.compile(r"retrieval/(mean_recall)"), "retrieval/chance_mean_recall"),
-    Measure("Linear probe, top 1", re.compile(r"probe/([^/]+)/top1"), "probe/{}/constant"),
-    Measure("k-NN, top 1", re.compile(r"knn/([^/]+)/top1"), "knn/{}/constant"),
-    Measure("Few-shot probe, top 1", re.compile(r"few_shot/([^/]+/\d+shot)/top1")),
+    *(
+        measure
+        for way, words in _WAYS
+        for measure in (
+            Measure(f"Zero-shot accuracy, top 1{words}", re.compile(f"zero_shot{way}/([^/]+)/top1"), f"zero_shot{way}/{{}}/constant"),
+            Measure(f"Zero-shot accuracy, class mean{words}", re.compile(f"zero_shot{way}/([^/]+)/class_mean")),
+            Measure(f"Retrieval R@10{words}", re.compile(f"retrieval{way}/([^/]+)/R@10"), f"retrieval{way}/chance_R@10"),
+            Measure(f"Retrieval, mean of R@1, 5 and 10{words}", re.compile(f"retrieval{way}/(mean_recall)"), f"retrieval{way}/chance_mean_recall"),
+            Measure(f"Linear probe, top 1{words}", re.compile(f"probe{way}/([^/]+)/top1"), f"probe{way}/{{}}/constant"),
+            Measure(f"k-NN, top 1{words}", re.compile(f"knn{way}/([^/]+)/top1"), f"knn{way}/{{}}/constant"),
+            Measure(f"Few-shot probe, top 1{words}", re.compile(rf"few_shot{way}/([^/]+/\d+shot)/top1")),
+        )
+    ),
     Measure("Modality gap", re.compile(r"(modality_gap)"), is_share=False),
     Measure("Effective rank", re.compile(r"((?:\w+_)?effective_rank)"), is_share=False),
 )
