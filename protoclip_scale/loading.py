@@ -65,24 +65,24 @@ class Encoder:
     @torch.no_grad()
     def encode_image(self, pictures: Picture | Iterable[Picture]) -> torch.Tensor:
         """Of one picture, several, or a batch of ``preprocess``'s [n, 3, size, size]; read and encoded ``batch`` at a time."""
-        return self._of_pictures(pictures, self.model.encode_image)
+        return self._of_pictures(pictures, self.model.encode_image, self.settings.embed_dim)
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Of one text or several."""
-        return self._of_texts(texts, self.model.encode_text)
+        return self._of_texts(texts, self.model.encode_text, self.settings.embed_dim)
 
     @torch.no_grad()
     def encode_image_tokens(self, pictures: Picture | Iterable[Picture]) -> torch.Tensor:
         """Unit rows [n, T, D] of the tokens of one picture or several. UserError for a model that has none."""
         kind = self._token_kinds()[0]
-        return self._of_pictures(pictures, lambda images: self.model(images, wants=frozenset({kind}))[kind])
+        return self._of_pictures(pictures, lambda images: self.model(images, wants=frozenset({kind}))[kind], 1, self._token_width())
 
     @torch.no_grad()
     def encode_text_tokens(self, texts: str | Sequence[str]) -> torch.Tensor:
         """Unit rows [n, context_length, D] of the tokens of one text or several, rows of zeros where none counts. UserError for a model that has none."""
         kind = self._token_kinds()[1]
-        return self._of_texts(texts, lambda ids, lengths: self.model(None, ids, lengths, wants=frozenset({kind}))[kind])
+        return self._of_texts(texts, lambda ids, lengths: self.model(None, ids, lengths, wants=frozenset({kind}))[kind], 1, self._token_width())
 
     def late_interaction(self, asking: torch.Tensor, answering: torch.Tensor) -> torch.Tensor:
         """[n, m]: the mean over the tokens of each of the n of their best match among those of each of the m. Of images with texts it is S^I, by which an image asks for its text; of
@@ -94,21 +94,25 @@ class Encoder:
             raise UserError("this model has no token features; they come with runs that objectives.filip trains, and with their exports that hold token_heads.safetensors")
         return self.compared.tokens
 
-    def _of_pictures(self, pictures: Picture | Iterable[Picture], encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _token_width(self) -> int:
+        return self.model.filip_image_head.linear.out_features
+
+    def _of_pictures(self, pictures: Picture | Iterable[Picture], encode: Callable[[torch.Tensor], torch.Tensor], *empty: int) -> torch.Tensor:
+        """``empty``: a row's shape where there are no pictures."""
         one = isinstance(pictures, Image.Image | str | Path | bytes) or (isinstance(pictures, torch.Tensor) and pictures.dim() == 3)
         pictures = [pictures] if one else list(pictures)
-        return self._in_batches(pictures, lambda part: encode(torch.stack([self.preprocess(each) for each in part]).to(self.device)))
+        return self._in_batches(pictures, lambda part: encode(torch.stack([self.preprocess(each) for each in part]).to(self.device)), empty)
 
-    def _of_texts(self, texts: str | Sequence[str], encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _of_texts(self, texts: str | Sequence[str], encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *empty: int) -> torch.Tensor:
         def of_part(part: list[str]) -> torch.Tensor:
             tokens = self.tokenize(part)
             return encode(tokens.ids.to(self.device), tokens.lengths)
 
-        return self._in_batches([texts] if isinstance(texts, str) else list(texts), of_part)
+        return self._in_batches([texts] if isinstance(texts, str) else list(texts), of_part, empty)
 
-    def _in_batches(self, inputs: list[Any], encode: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
+    def _in_batches(self, inputs: list[Any], encode: Callable[[list[Any]], torch.Tensor], empty: tuple[int, ...]) -> torch.Tensor:
         parts = [encode(inputs[start : start + self.batch]).float().cpu() for start in range(0, len(inputs), self.batch)]
-        return torch.cat(parts) if parts else torch.empty(0, self.settings.embed_dim)
+        return torch.cat(parts) if parts else torch.empty(0, *empty)
 
 
 def load(folder: str | Path, checkpoint: str = "latest", weights: str | None = None, device: torch.device | str = "cpu") -> Encoder:

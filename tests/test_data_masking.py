@@ -58,7 +58,8 @@ def test_an_encoder_without_a_mask_token_is_refused_at_once(tmp_path):
 
 
 def test_tokens_are_selected_and_hidden_at_the_rates_of_the_definition(tokenizer):
-    texts = ["a man in a red hat reads the old news of today beside two sleeping dogs near the wide river"] * 4000
+    """Case D6 of the method specification."""
+    texts = ["a man in a red hat reads the old news of today beside two sleeping dogs near the wide river"] * 5200
     tokens = tokenizer(texts)
     ids, labels = mask_tokens(tokens, tokenizer, generators(len(texts)))
     selected = labels != IGNORED
@@ -68,6 +69,7 @@ def test_tokens_are_selected_and_hidden_at_the_rates_of_the_definition(tokenizer
         return abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
 
     inner = selected[:, 1 : int(tokens.lengths[0]) - 1]
+    assert inner.numel() >= 1e5 and abs(inner.float().mean().item() - 0.15) < 0.003
     assert near(inner.float().mean().item(), 0.15, inner.numel())
     assert all(near(share, 0.15, len(texts)) for share in inner.float().mean(0).tolist())  # at every place
     num_selected = int(selected.sum())
@@ -75,6 +77,7 @@ def test_tokens_are_selected_and_hidden_at_the_rates_of_the_definition(tokenizer
     assert near(masked.float().mean().item(), 0.8, num_selected)
     assert near(kept.float().mean().item(), 0.1 + 0.1 / len(tokenizer.ordinary_ids), num_selected)
     drawn = ids[selected][~masked & ~kept].numpy()
+    assert all(abs(share - expected) < 0.01 for share, expected in ((masked.float().mean(), 0.8), (kept.float().mean(), 0.1), (len(drawn) / num_selected, 0.1)))
     assert near(len(drawn) / num_selected, 0.1, num_selected)
     assert not np.isin(drawn, tokenizer.special_ids).any()
     rank = np.searchsorted(tokenizer.ordinary_ids, drawn) / len(tokenizer.ordinary_ids)  # uniform in [0, 1)

@@ -10,12 +10,14 @@ import protoclip_scale
 from protoclip_scale import classify
 from protoclip_scale.engine.checkpoint import open_weights
 from protoclip_scale.engine.saved_model import load_model, recipe_of, source_of_run
+from protoclip_scale.evaluation import figures_csv
 from protoclip_scale.export.writing import verify
 from protoclip_scale.recipe import load_recipe
 from protoclip_scale.report.evaluation_table import evaluation_rows
 from tests.exports import computed_elsewhere, differences, pairs
 from tests.support import RECIPES, TINY, TINY_PROTOTYPES, errors, final_tensors, launch, metrics, output, pretrain
 
+pytestmark = pytest.mark.timeout(900)  # each trains, and waits for other libraries
 NAMES = sorted(path.stem for path in RECIPES.glob("demo*.yaml"))
 HELD_OUT = {"name": "val", "files": "val-*.parquet", "classify": ["coarse"], "exclude": {"coarse": ["flag"]}, "subset": 40}
 SMALL = {
@@ -81,6 +83,10 @@ def test_figures_of_an_export_of_tokens_are_those_of_the_run(tmp_path):
     assert found.keys() == expected.keys() and found == pytest.approx(expected, abs=1e-6)
     logged = {key: value for key, value in metrics(run, "eval")[-1].items() if key in expected}
     assert logged == expected
+    watched = launch(run, "--until-done", script="tools/watch.py")
+    assert watched.returncode == 0 and "by tokens" in watched.stdout, watched.stderr
+    rows, _ = figures_csv.read(run)
+    assert {row.key: row.value for row in rows if row.step == 12} == pytest.approx(expected)
     photo = tmp_path / "photo.png"
     pairs()[0][3].save(photo)
     assert classify.main([str(run / "export" / "open_clip"), str(photo), "--classes", "heart,dog", "--template", "a {}", "--template", "{}"]) == 0

@@ -9,7 +9,9 @@ from protoclip_scale.engine.check import Check, run_check
 from protoclip_scale.engine.memory import USABLE_SHARE, memory_by_strategy, parse_size, recommended, shared_memory, size_text
 from protoclip_scale.engine.memory_report import memory_tables, place_of
 from protoclip_scale.engine.model_cost import measure
+from protoclip_scale.engine.strategy.base import Strategy
 from protoclip_scale.engine.strategy.memory import LAYOUTS, Sizes
+from protoclip_scale.engine.strategy.replicated import Replicated
 from protoclip_scale.errors import UserError
 from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes import recording
@@ -167,6 +169,20 @@ def test_the_first_strategy_that_fits_is_recommended():
     assert recommended(sharded, recipe, 10**9) is sharded[0] and recommended(sharded, compiled, 10**9) is sharded[1]
     assert recommended(found, recipe, 1000) is None
     assert [each.layout.title for each in memory_by_strategy(counted, recipe, objectives, 1, "cpu")] == ["single process"]
+
+
+@pytest.mark.parametrize(("name", "title"), [("lamb", "LAMB"), ("adamw_sgd", "AdamW and SGD")])
+def test_other_optimisers_are_called_by_their_names_under_the_strategies_that_take_them(name, title):
+    changes = (f"optim.name={name}", *(["optim.sgd={lr: 0.02}"] if name == "adamw_sgd" else []))
+    recipe, objectives, counted = model_cost(*changes)
+    assert [each.layout.title for each in memory_by_strategy(counted, recipe, objectives, 4, "cuda")] == ["DDP"]
+    assert {each.title for each in LAYOUTS if each.steps_whole} == {"single process", "DDP"} and name in Replicated.optimizers and name not in Strategy.optimizers
+    text = sum(number for part, number in counted.parameters.items() if part.startswith("text_"))
+    assert counted.by_sgd == (text if name == "adamw_sgd" else 0)
+    assert memory_by_strategy(counted, recipe, objectives, 1, "cpu")[0].state.optimizer == 4 * (2 * counted.trained - counted.by_sgd)
+    tables, line = memory_tables(counted, recipe, objectives, 2, place_of(2, parse_size("80GB")), "RECIPE")
+    ((strategy, said),) = tables["Memory per rank, 2 ranks"]
+    assert strategy == "DDP" and f", {title} " in said and "AdamW " not in said.replace(title, "") and "ddp.yaml" in line
 
 
 def test_the_line_to_launch_with(capsys):

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from protoclip_scale.objectives import build_objectives
+from protoclip_scale.objectives.base import Targets
 from protoclip_scale.objectives.clip import clip_loss
+from protoclip_scale.recipe import load_recipe
+from tests.losses import difference, gradients, unit_rows
+from tests.support import RECIPES
 
 
 def angles(*degrees: float) -> torch.Tensor:
@@ -58,3 +63,25 @@ def test_c6_symmetries():
     assert whole(IMAGE[order], TEXT[order], 10.0).item() == pytest.approx(loss, rel=1e-12)
     assert whole(IMAGE @ rotation, TEXT @ rotation, 10.0).item() == pytest.approx(loss, rel=1e-12)
     assert whole(IMAGE[order], TEXT, 10.0).item() > loss + 1
+
+
+def test_the_reference_variant_has_slips_gradient():
+    """The loss and the temperature's gradient are exact; rows get none as columns, also where another objective has gathered them with gradient (methods 0.2, 2.3)."""
+
+    def loss(variant):
+        objective = build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives.clip.variant={variant}"]))["clip"]
+        assert (objective.gathers, objective.gathers_constant) == {"paper": (("image", "text"), ()), "reference": ((), ("image", "text"))}[variant]
+        assert objective.loss_products(128, {"image": 8, "text": 8}) == 2048
+
+        def loss_of(image, text, scale):
+            features = {"image": image, "text": text, "logit_scale": scale}
+            return objective.coupled(features, features, Targets(torch.arange(6), num_columns=6))
+
+        return loss_of
+
+    tensors = unit_rows(6, 5), unit_rows(6, 5, seed=1), torch.tensor([10.0], dtype=torch.float64)
+    exact, found = gradients(loss("paper"), tensors), gradients(loss("reference"), tensors)
+    expected = gradients(lambda image, text, scale: clip_loss(image, text, image.detach(), text.detach(), scale, torch.arange(6)), tensors)
+    assert difference(found, expected) <= 1e-12
+    assert difference([found[0], found[3]], [exact[0], exact[3]]) <= 1e-12
+    assert all(F.cosine_similarity(one.flatten(), other.flatten(), dim=0) < 0.98 for one, other in zip(found[1:3], exact[1:3], strict=True))

@@ -41,7 +41,8 @@ def is_data_tool(command: str) -> bool:
 
 
 def settings(command: str) -> tuple[str, ...]:
-    return TINY if "demo_clip" in command else TINY_PROTOTYPES
+    recipe = re.search(r"recipes/[\w/]+\.yaml", command)[0]
+    return TINY_PROTOTYPES if load_recipe(ROOT / recipe).prototypes else TINY
 
 
 @pytest.fixture(scope="module")

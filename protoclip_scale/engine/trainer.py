@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from protoclip_scale import collectives
 from protoclip_scale.data.batches import Batch
+from protoclip_scale.data.randomness import raw_keys
 from protoclip_scale.engine import checkpoint, state
 from protoclip_scale.engine.checkpoint import Piece, Reader, replicated_pieces
 from protoclip_scale.engine.compilation import compile_blocks
@@ -26,6 +27,7 @@ from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.features import Feature, parse
 from protoclip_scale.models.passes import views_needed
+from protoclip_scale.models.row_dropout import row_keys
 from protoclip_scale.objectives import Objective, Targets, features_of, heads_of
 from protoclip_scale.objectives.inputs import INPUT_FEATURES, is_input
 from protoclip_scale.prototypes.episode import EpisodePrototypes
@@ -129,6 +131,9 @@ class Trainer:
         views = {name: (each[0].to(self.strategy.device, non_blocking=True), *each[1:]) for name, each in inputs.items() if name in needed}
         with record_function("towers"):
             options = {"wants": wants, "records": records, "microbatch": self.recipe.optim.microbatch}
+            if self.model.image_tower.draws:
+                drawn = int(raw_keys(1, self.recipe.data.plan.seed, "dropout", episode, batch.step)[0]) >> 1
+                options["row_keys"] = row_keys(batch.row_ids, drawn).to(self.strategy.device, non_blocking=True)
             features = self.strategy(images, token_ids, batch.token_lengths, **options, **({"views": views} if views else {}))
         with record_function("losses"):
             return self._losses(features | self._of_inputs(inputs, episode), batch, episode, prototypes)

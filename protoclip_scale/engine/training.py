@@ -39,7 +39,7 @@ def _averaged(loss: Loss) -> dict[str, float]:
 
 
 def _seed_towers(seed: int, step: int) -> None:
-    """Dropout draws from torch's own generators: their state at a step is f(seed, step, rank), whatever was drawn before, in this process or another."""
+    """For modules of users that draw from torch's own generators (ours do not, see models/row_dropout.py): their state at a step is f(seed, step, rank), whatever was drawn before, in this process or another."""
     torch.manual_seed(int(raw_keys(1, seed, "towers", step, collectives.rank())[0]) >> 1)
 
 

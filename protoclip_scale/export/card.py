@@ -94,7 +94,7 @@ def _evaluation(facts: Facts) -> str:
     tables = evaluation_rows(facts.figures, facts.baseline)
     if not tables:
         return "None was made during the run."
-    parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; by tokens: late interaction; the last column is the best constant answer or chance."]
+    parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; {'by tokens: late interaction; ' if facts.compared.tokens else ''}the last column is the best constant answer or chance."]
     for title, rows in tables.items():
         parts.append(f"**{title}**\n\n" + _table(("figure", "model", "untrained", "constant or chance"), [tuple(row) for row in rows]))
     return "\n\n".join(parts)

@@ -30,6 +30,7 @@ from protoclip_scale.models.passes import (
     sources,
     users_of,
 )
+from protoclip_scale.models.row_dropout import of_view
 from protoclip_scale.models.scale import LogitScale
 from protoclip_scale.models.text import TextTower
 from protoclip_scale.recipe import schema
@@ -115,15 +116,19 @@ class DualEncoder(nn.Module):
         records: frozenset[str] = frozenset(),
         microbatch: int | None = None,
         views: Mapping[str, tuple[torch.Tensor, ...]] | None = None,
+        row_keys: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The ``wants`` features of images (uint8 [B, 3, S, S], or floats that are already normalised) and captions; those of ``records`` that
         are not wanted besides are computed without gradient, so that their heads need not train. Inputs that nothing asks for may be None.
         ``views``: the inputs of further views by ``image@VIEW``, (images,), and ``text@VIEW``, (ids, lengths) and labels if it is masked; each makes a pass of its own.
         Towers, with the heads that read their tokens, take at most ``microbatch`` rows at once (see ``in_microbatches``), other heads all rows of a view. Lengths and labels may lie on the CPU in any case.
+        ``row_keys``, int64 [B]: by which an image tower that drops by chance does so in training; each view has keys of its own.
         """
         asked, known = kinds_of(wants | records), kinds_of(self.features) | {"image", "text"} | BEFORE_THE_EMBEDDING
         assert asked <= known, f"wanted {set(asked - known)} which the model was not built for"
         inputs = {"image": (images,), "text": (token_ids, token_lengths)} | dict(views or {})
+        if row_keys is not None and self.image_tower.draws:
+            inputs |= {name: (*each, of_view(row_keys, name)) for name, each in inputs.items() if parse(name).kind == "image"}
         with self._autocast((token_ids if images is None else images).device):
             return self._features(inputs, wants, wants | records, microbatch)
 
@@ -157,13 +162,13 @@ class DualEncoder(nn.Module):
 
     def _of_tower(self, plan: Pass, inputs: tuple[torch.Tensor, ...], microbatch: int | None) -> dict[str, torch.Tensor]:
         """What leaves the micro-batches, by name; of a frozen tower nothing is kept for the backward pass but what it gives."""
-        pool, inputs_of_pool = {"image": (self._pooled_image, 1), "text": (self.text_tower.pooled, 2)}[plan.side]
+        pool, inputs_of_pool = {"image": (self._pooled_image, 2), "text": (self.text_tower.pooled, 2)}[plan.side]
 
         def encode(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if not plan.in_parts:
                 return self._kept(plan, {f"{plan.side}_pooled": pool(*rows)})
             if plan.side == "image":
-                return self._take_image(plan, self.image_tower(self.normalize_images(*rows)))
+                return self._take_image(plan, self._read_image(*rows))
             return self.text_tower.read(lambda output, *labels: self._take_text(plan, output, *labels), *rows)
 
         if not plan.in_parts:
@@ -212,8 +217,11 @@ class DualEncoder(nn.Module):
             return images
         return normalize(images, *self.normalization).to(next(self.parameters()).dtype)
 
-    def _pooled_image(self, images: torch.Tensor) -> torch.Tensor:
-        return self.image_tower(self.normalize_images(images)).pooled
+    def _read_image(self, images: torch.Tensor, row_keys: torch.Tensor | None = None) -> TowerOutput:
+        return self.image_tower(self.normalize_images(images), row_keys=row_keys)
+
+    def _pooled_image(self, images: torch.Tensor, row_keys: torch.Tensor | None = None) -> torch.Tensor:
+        return self._read_image(images, row_keys).pooled
 
     def train_only(self, names: frozenset[str]) -> None:
         """Ask for gradients of these parameters alone. A tower of which nothing trains is frozen: evaluation mode even after ``train()``, no gradient."""

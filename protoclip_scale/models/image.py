@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.outputs import TowerOutput
+from protoclip_scale.models.row_dropout import key_by_row
 from protoclip_scale.recipe import schema
 
 
@@ -22,7 +23,7 @@ class ImageTower(nn.Module):
     a transformer's begin with ``num_prefix_tokens`` class or register tokens.
 
     Extra tokens [B, E, width] with a mask [B, E] (true: attended to) join a vision transformer behind the position
-    embeddings; the pooling leaves them out, ``tokens`` and ``mask`` hold them last. Raises UserError for other trunks,
+    embeddings; the pooling leaves them out, ``tokens`` and ``mask`` hold them last. ``row_keys``, int64 [B], say what is dropped by chance in training (``row_dropout``); None: nothing is. Raises UserError for other trunks,
     for names unknown to timm and for sizes the trunk cannot take.
     """
 
@@ -30,12 +31,13 @@ class ImageTower(nn.Module):
         super().__init__()
         self.name = settings.name
         pretrained = settings.pretrained if pretrained is None else pretrained
-        trunk = _create(settings.name, pretrained)
+        dropped = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+        trunk = _create(settings.name, pretrained, **dropped)
         self.fixed_size = hasattr(trunk, "set_input_size")
         self.own_size = settings.size == trunk.pretrained_cfg["input_size"][-1]
         self.arguments = {"img_size": settings.size} if self.fixed_size and not self.own_size else {}
         if self.arguments:
-            trunk = _create(settings.name, pretrained, **self.arguments)
+            trunk = _create(settings.name, pretrained, **self.arguments, **dropped)
         self.pooling = getattr(trunk, "global_pool", None) if isinstance(getattr(trunk, "global_pool", None), str) else "avg"
         trunk.reset_classifier(0)
         self.trunk = trunk
@@ -46,6 +48,11 @@ class ImageTower(nn.Module):
         if isinstance(trunk, VisionTransformer) and not isinstance(trunk.norm_pre, nn.Identity) and not pretrained:
             for embedding in (trunk.cls_token, trunk.pos_embed):  # CLIP's init (methods 1.1)
                 nn.init.normal_(embedding, std=trunk.embed_dim**-0.5)
+        self.draws = key_by_row(trunk, settings.name)
+        if settings.drop_path and not self.draws:
+            raise UserError(f"model.image.drop_path {settings.drop_path} has no effect: {settings.name} has no stochastic depth; remove it")
+        if settings.grad_checkpointing and self.draws:
+            raise UserError(f"model.image.grad_checkpointing: {settings.name} drops by chance, and recomputed blocks would not know which rows they see; set it to false and use optim.microbatch")
         if settings.grad_checkpointing:
             trunk.set_grad_checkpointing(True)
 
@@ -70,7 +77,10 @@ class ImageTower(nn.Module):
         extra_tokens: torch.Tensor | None = None,
         extra_mask: torch.Tensor | None = None,
         want_layers: bool = False,
+        row_keys: torch.Tensor | None = None,
     ) -> TowerOutput:
+        if self.draws:
+            self.draws.keys_B = row_keys
         if isinstance(self.trunk, VisionTransformer) and (extra_tokens is not None or want_layers):
             return self._transformer(images, extra_tokens, extra_mask, want_layers)
         if extra_tokens is not None:

@@ -9,10 +9,16 @@ from protoclip_scale.objectives.base import Objective, Targets
 from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 
+COLUMNS = ("image", "text")
+
 
 class Settings(ObjectiveSettings):
     """The contrastive loss between images and captions."""
 
+    variant: Literal["paper", "reference"] = Field(
+        "paper",
+        description="reference: the rows of the batch that a row is compared with are constants, as in SLIP's code on several GPUs; the gradient then is not the loss's own (methods 0.2).",
+    )
     equal_captions: Literal["ignore", "mask", "share"] = Field(
         "ignore",
         description="Other rows of the global batch with the same caption. ignore: negatives, as in all published code; mask: left out of the softmax; "
@@ -42,19 +48,27 @@ class Contrastive(Objective):
     """CLIP's loss; active in every episode."""
 
     needs = frozenset({"image", "text", "logit_scale"})
-    gathers = ("image", "text")
+    gathers = COLUMNS
 
     def __init__(self, settings: Settings, recipe: Recipe):
         super().__init__(settings, recipe)
+        if settings.variant == "reference":
+            self.gathers, self.gathers_constant = (), COLUMNS
         if settings.equal_captions != "ignore":
             self.needs = self.needs | {"caption_key"}
-            self.gathers_constant = ("caption_key",)
+            self.gathers_constant = (*self.gathers_constant, "caption_key")
 
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         keys = None
         if self.settings.equal_captions != "ignore":
             keys = Keys(features["caption_key"], gathered["caption_key"], self.settings.equal_captions == "share")
-        return clip_loss(features["image"], features["text"], gathered["image"], gathered["text"], features["logit_scale"], targets.columns_B, keys)
+        columns = [gathered[name] for name in COLUMNS]
+        if self.settings.variant == "reference":  # another objective may have had them gathered with gradient
+            columns = [column.detach() for column in columns]
+        return clip_loss(features["image"], features["text"], *columns, features["logit_scale"], targets.columns_B, keys)
+
+    def loss_products(self, batch: int, sizes: dict[str, int]) -> int:
+        return batch * sum(sizes[name] for name in COLUMNS)
 
 
 build = Contrastive

@@ -174,8 +174,9 @@ def _shipped() -> list[str]:
     from protoclip_scale.recipe.load import load_recipe
 
     rows = ["## Shipped recipes", "", "| file | what it is |", "|---|---|"]
-    for path in sorted(RECIPES.glob("*.yaml")):
-        rows.append(f"| [{path.name}](../recipes/{path.name}) | {_cell(' '.join(load_recipe(path).notes.split()).split('. ')[0].rstrip('.'))}. |")
+    for path in (*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("matched/*.yaml"))):
+        file = path.relative_to(RECIPES).as_posix()
+        rows.append(f"| [{file}](../recipes/{file}) | {_cell(' '.join(load_recipe(path).notes.split()).split('. ')[0].rstrip('.'))}. |")
     return [*rows, ""]
 
 

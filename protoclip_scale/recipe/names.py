@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 _PACKAGE = "protoclip_scale.objectives"
-_SHARED = ("base", "compared", "equal", "feature_queue", "inputs", "late_interaction", "selection", "tiled")  # modules of the package that are no objectives
+_SHARED = ("base", "compared", "equal", "feature_queue", "inputs", "late_interaction", "selection", "tiled", "token_heads")  # modules of the package that are no objectives
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ class ImageTower(Section):
     size: Positive = Field(224, description="Side of the square input, in pixels.")
     normalization: Literal["clip", "imagenet"] = Field("clip", description="Channel means and deviations; they travel with the export.")
     grad_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    drop_path: float = Field(0, ge=0, lt=1, description="Stochastic depth: the share of rows for which the last block is left out in training, less for those before it, for timm models that have it. Drawn by row, so that neither ranks nor micro-batches change it.")
 
 
 class TextTower(Section):
