@@ -202,7 +202,7 @@ def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
         cases[pooling] = (build_model(recipe, frozenset({"image", "text", "logit_scale"}), 0).eval(), recipe.model, "transformers")
     jobs, expected = [], []
     for name, (model, settings, layout) in cases.items():
-        facts = Facts(name, "apache-2.0", settings, "live", [], {}, {}, ("clip",), {"steps": "1"}, "name: x", None)
+        facts = Facts(name, "apache-2.0", settings, "live", [], {}, {}, {}, ("clip",), {"steps": "1"}, "name: x", None)
         folder = written(model, settings, layout, tmp_path / name, card=lambda layout, draft, facts=facts: write_card(facts, layout, draft))
         pairs()[0][5].save(folder / "photo.jpg", quality=95)
         assert not [path for path in folder.rglob("*") if path.suffix in (".json", ".md") and str(tmp_path) in path.read_text()]  # nor of the encoder's folder

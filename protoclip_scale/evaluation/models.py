@@ -12,7 +12,7 @@ from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.data.transforms import NORMALIZATION
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.others import open_clip_model, preprocessing_of_open_clip, transformers_model
-from protoclip_scale.evaluation.pixels import Preprocessing
+from protoclip_scale.evaluation.pixels import Preprocessing, own_preprocessing
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
 from protoclip_scale.models.build import load_export
 from protoclip_scale.models.transformers_folder import form_of
@@ -77,7 +77,7 @@ def _of_run(folder: Path, checkpoint: str, weights: str | None) -> Iterator[Cand
         step = int(path.name.removeprefix("step-"))
         recipe, model, kind = load_model(folder, str(step), weights)
         name = f"{recipe.name}, step {step}{', averaged weights' if kind == 'ema' else ''}"
-        yield Candidate(name, model, _own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind)
+        yield Candidate(name, model, own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind)
 
 
 def _of_export(folder: Path) -> Candidate:
@@ -96,13 +96,8 @@ def _of_export(folder: Path) -> Candidate:
 
 
 def _ours(folder: Path, settings: schema.Model, model: torch.nn.Module) -> Candidate:
-    return Candidate(folder.name, model, _own_preprocessing(settings.image), tokenizer_for(settings.text))
+    return Candidate(folder.name, model, own_preprocessing(settings.image), tokenizer_for(settings.text))
 
 
 def _of_open_clip(name: str, tag: str) -> Candidate:
     return Candidate(f"{name} ({tag or 'random weights'})", *open_clip_model(name, tag or None))
-
-
-def _own_preprocessing(image: schema.ImageTower) -> Preprocessing:
-    mean, std = NORMALIZATION[image.normalization]
-    return Preprocessing(image.size, mean=tuple(mean), std=tuple(std))
