@@ -305,5 +305,5 @@ def test_exports_of_a_run_under_zero_2(tmp_path):
         round_weights(live, getattr(torch, dtype))
         found = differences(live, recipe.model, theirs)
         assert found["image"] <= 1e-5 and found["text"] <= 1e-5, (folder, found)
-    assert pretrain(tmp_path / "other", "demo.yaml", (*TINY_PROTOTYPES, "schedule.total=1 episodes", "run.seed=1")) == [0]
+    assert pretrain(tmp_path / "other", "demo.yaml", (*TINY_PROTOTYPES, "schedule.total=2 episodes", "run.seed=1")) == [0]
     assert main(["--run", str(tmp_path / "other"), "--out", str(jobs[0][2]), "--verify"]) == 1
