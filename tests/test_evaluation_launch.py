@@ -70,6 +70,15 @@ def test_all_checkpoints_of_a_run_are_tabled_and_written(run_dir, recipe, tmp_pa
     assert "43.2%" in printed  # the untrained model's, from baseline.json
 
 
+def test_a_result_that_cannot_be_written_is_told_before_anything_is_evaluated(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("protoclip_scale.evaluation.run.evaluate_suite", None)
+    (tmp_path / "file").write_text("x")
+    for option, place in (("--out", tmp_path), ("--csv", tmp_path / "file" / "figures.csv")):
+        assert script().main(["--model", str(run_dir), option, str(place)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {option} {place}: cannot be written") and said.count("\n") == 1
+
+
 def test_the_card_tells_where_its_figures_come_from(run_dir, recipe, tmp_path):
     """First the run's own evaluation, then a newer one of launch/evaluate.py that lies in the run directory."""
     folder = tmp_path / "run"
