@@ -27,10 +27,10 @@ from tests.support import RECIPES, ROOT, TINY_PROTOTYPES, output, pretrain, zero
 
 TOWERS = {
     "demo": recipe_of(128, {"name": "regnetx_002", "size": 48}, DEMO_TEXT).model,
-    "own_classifier": recipe_of(128, {"name": "mobilenetv3_small_050", "size": 48, "normalization": "imagenet"}, DEMO_TEXT).model,
     "rn50": recipe_of(64, {"name": "resnet50_clip", "size": 64}, DEMO_TEXT | {"activation": "quick_gelu"}).model,
     "vit": recipe_of(64, {"name": "test_vit", "size": 160}, DEMO_TEXT).model,
 }
+OWN_CLASSIFIER = recipe_of(128, {"name": "mobilenetv3_small_050", "size": 48, "normalization": "imagenet"}, DEMO_TEXT).model  # layers behind its pooling
 CASES = [(layout, name) for name in TOWERS for layout in LAYOUTS]
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
 
@@ -194,6 +194,7 @@ assert not any(name.split(".")[0] == "protoclip_scale" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
     """In the export's folder, in a process without this package: the similarities that the live model gives, for all forms of both layouts."""
     cases = {name: (exports[layout, name][0], TOWERS[name], layout) for layout, name in (("open_clip", "demo"), ("transformers", "rn50"))}
@@ -221,6 +222,7 @@ def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
         assert eval(line) == pytest.approx(dict(zip(["a cat", "a red car"], similarities, strict=True)), abs=0.01), name  # other libraries resize otherwise
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_hub_exports_with_its_tokenizer(tmp_path):
     """The hub is its local cache here, laid out as huggingface_hub does."""
     cached = tmp_path / "hub" / "models--someone--tiny-bert"
@@ -261,8 +263,8 @@ print((live - loaded).abs().max().item(), live.std(0).mean().item())
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tower_of_the_shipped_recipes(layout, tmp_path):
-    """At the recipes' own sizes, random weights; a vision transformer of CLIP's becomes a CLIPModel."""
-    towers = {}
+    """At the recipes' own sizes, random weights; a vision transformer of CLIP's becomes a CLIPModel. And one whose own classifier has a layer of its own."""
+    towers = {("own classifier",): OWN_CLASSIFIER}
     for name in SHIPPED:
         model = load_recipe(RECIPES / name, []).model
         image, text = model.image.model_copy(update={"pretrained": False}), model.text.model_copy(update={"pretrained": False})
