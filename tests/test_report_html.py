@@ -21,7 +21,7 @@ from protoclip_scale.report.html.timeline import Timeline
 from tests.support import TINY_PROTOTYPES, output, pretrain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 HOSTILE = "<script>document.title='taken over'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='taken over'\">"
 WITH_REPORT = (
     *(value for value in TINY_PROTOTYPES if not value.startswith(("run.report", "evaluation=", "prototypes.pictures"))),
@@ -113,6 +113,7 @@ def test_in_a_browser_nothing_is_missing_nothing_is_asked_for_and_captions_are_o
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") != back, f"{place}: the button switches"
             assert page.evaluate("getComputedStyle(document.querySelector('.curve')).stroke") != curve, f"{place}: curves follow"
             over_samples = page.locator(".over-samples:visible").count()
+            assert over_samples >= 10 and page.locator(".over-hours:visible").count() == 0, place
             page.get_by_role("button", name="hours of work").click()
             assert page.locator(".over-hours:visible").count() == over_samples and page.locator(".over-samples:visible").count() == 0, place
             assert page.locator("line.restart").count() > 10, "the second attempt is marked"
