@@ -91,13 +91,14 @@ def run(options: argparse.Namespace) -> None:
     from protoclip_scale.evaluation.classifiers import ClassifierFiles, model_hash
     from protoclip_scale.evaluation.models import load_any
     from protoclip_scale.evaluation.provenance import provenance
-    from protoclip_scale.evaluation.results import write_csv, write_json
+    from protoclip_scale.evaluation.results import check_places, write_csv, write_json
     from protoclip_scale.evaluation.run import evaluate_suite
 
     asked = asked_suite(options)
     accelerator = strategy.start(timeout_minutes=30)
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line")
+    collectives.from_rank_zero(lambda: check_places(options.out, options.csv))
     results = []
     for candidate in load_any(options.model, options.checkpoint, options.weights):
         suite = suite_for(candidate, asked, options)

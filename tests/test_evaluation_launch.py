@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pandas as pd
 import pyarrow as pa
@@ -11,8 +12,11 @@ import torch
 import yaml
 
 from protoclip_scale.engine import checkpoint
+from protoclip_scale.engine.run_log import RunLog
+from protoclip_scale.evaluation import provenance
 from protoclip_scale.evaluation.run import evaluate
 from protoclip_scale.evaluation.tasks import task_keys
+from protoclip_scale.export.facts import Checkpoint, extras_of_run
 from protoclip_scale.export.source import source_of_model
 from protoclip_scale.export.writing import export as write_export
 from protoclip_scale.models.build import build_model
@@ -64,6 +68,35 @@ def test_all_checkpoints_of_a_run_are_tabled_and_written(run_dir, recipe, tmp_pa
     printed = capsys.readouterr().out
     assert "demo_clip, step 20" in printed and "demo_clip, step 100" in printed
     assert "43.2%" in printed  # the untrained model's, from baseline.json
+
+
+def test_a_result_that_cannot_be_written_is_told_before_anything_is_evaluated(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("protoclip_scale.evaluation.run.evaluate_suite", None)
+    (tmp_path / "file").write_text("x")
+    for option, place in (("--out", tmp_path), ("--csv", tmp_path / "file" / "figures.csv")):
+        assert script().main(["--model", str(run_dir), option, str(place)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {option} {place}: cannot be written") and said.count("\n") == 1
+
+
+def test_the_card_tells_where_its_figures_come_from(run_dir, recipe, tmp_path):
+    """First the run's own evaluation, then a newer one of launch/evaluate.py that lies in the run directory."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    point = Checkpoint(100, 100, "live")
+    card = extras_of_run(folder, recipe, point).card("open_clip", folder)
+    assert "None was made during the run" in card and "Where the figures come from" not in card
+    figures = figures_of_seed(recipe, 100)
+    RunLog(folder, 1, is_main=True).metrics("eval", 100, 100, **figures)
+    provenance.publish_of_recipe(folder, recipe, figures)
+    about = provenance.read(folder)["recipe"]["unseen"]
+    card = extras_of_run(folder, recipe, point).card("open_clip", folder)
+    row = next(line for line in card.splitlines() if line.startswith("| unseen | "))
+    assert [cell.strip() for cell in row.split("|")[2:6]] == [f"{about['n']:,}", f"ensemble, {about['templates']} templates", about["template_hash"][:12], about["data"][:12]]
+    assert about["n"] == figures["unseen/rows"] and len(about["data"]) == 32
+    assert script().main(["--model", str(folder), "--prompts", "single", "--out", str(folder / "evaluation.json")]) == 0
+    card = extras_of_run(folder, recipe, point).card("open_clip", folder)
+    assert "single, 1 templates" in card
 
 
 def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):

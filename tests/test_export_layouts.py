@@ -29,11 +29,11 @@ from tests.support import RECIPES, ROOT, TINY_PROTOTYPES, output, pretrain, zero
 
 TOWERS = {
     "demo": recipe_of(128, {"name": "regnetx_002", "size": 48}, DEMO_TEXT).model,
-    "own_classifier": recipe_of(128, {"name": "mobilenetv3_small_050", "size": 48, "normalization": "imagenet"}, DEMO_TEXT).model,
     "rn50": recipe_of(64, {"name": "resnet50_clip", "size": 64}, DEMO_TEXT | {"activation": "quick_gelu"}).model,
     "vit": recipe_of(64, {"name": "test_vit", "size": 160}, DEMO_TEXT).model,
     "masked": recipe_of(64, {"name": "test_resnet", "size": 32}, DEMO_TEXT | {"mask_token": True}).model,
 }
+OWN_CLASSIFIER = recipe_of(128, {"name": "mobilenetv3_small_050", "size": 48, "normalization": "imagenet"}, DEMO_TEXT).model  # layers behind its pooling
 CASES = [(layout, name) for name in TOWERS for layout in LAYOUTS]
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.yaml"))
 
@@ -214,6 +214,7 @@ assert not any(name.split(".")[0] == "protoclip_scale" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
     """In the export's folder, in a process without this package: the similarities that the live model gives, for all forms of both layouts."""
     cases = {name: (exports[layout, name][0], TOWERS[name], layout) for layout, name in (("open_clip", "demo"), ("transformers", "rn50"))}
@@ -222,7 +223,7 @@ def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
         cases[pooling] = (build_model(recipe, frozenset({"image", "text", "logit_scale"}), 0).eval(), recipe.model, "transformers")
     jobs, expected = [], []
     for name, (model, settings, layout) in cases.items():
-        facts = Facts(name, "apache-2.0", settings, "live", [], {}, {}, ("clip",), {"steps": "1"}, "name: x", None)
+        facts = Facts(name, "apache-2.0", settings, "live", [], {}, {}, {}, ("clip",), {"steps": "1"}, "name: x", None)
         folder = written(model, settings, layout, tmp_path / name, card=lambda layout, draft, facts=facts: write_card(facts, layout, draft))
         pairs()[0][5].save(folder / "photo.jpg", quality=95)
         assert not [path for path in folder.rglob("*") if path.suffix in (".json", ".md") and str(tmp_path) in path.read_text()]  # nor of the encoder's folder
@@ -241,6 +242,7 @@ def test_the_lines_of_code_of_every_card_run(exports, tmp_path):
         assert eval(line) == pytest.approx(dict(zip(["a cat", "a red car"], similarities, strict=True)), abs=0.01), name  # other libraries resize otherwise
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_hub_exports_with_its_tokenizer(tmp_path):
     """The hub is its local cache here, laid out as huggingface_hub does."""
     cached = tmp_path / "hub" / "models--someone--tiny-bert"
@@ -281,8 +283,8 @@ print((live - loaded).abs().max().item(), live.std(0).mean().item())
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tower_of_the_shipped_recipes(layout, tmp_path):
-    """At the recipes' own sizes, random weights; a vision transformer of CLIP's becomes a CLIPModel."""
-    towers: dict[tuple, schema.Model] = {}
+    """At the recipes' own sizes, random weights; a vision transformer of CLIP's becomes a CLIPModel. And one whose own classifier has a layer of its own."""
+    towers: dict[tuple, schema.Model] = {("own classifier",): OWN_CLASSIFIER}
     for name in SHIPPED:
         model = load_recipe(RECIPES / name, []).model
         image, text = model.image.model_copy(update={"pretrained": False}), model.text.model_copy(update={"pretrained": False})
@@ -325,5 +327,5 @@ def test_exports_of_a_run_under_zero_2(tmp_path):
         round_weights(live, getattr(torch, dtype))
         found = differences(live, recipe.model, theirs)
         assert found["image"] <= 1e-5 and found["text"] <= 1e-5, (folder, found)
-    assert pretrain(tmp_path / "other", "demo.yaml", (*TINY_PROTOTYPES, "schedule.total=1 episodes", "run.seed=1")) == [0]
+    assert pretrain(tmp_path / "other", "demo.yaml", (*TINY_PROTOTYPES, "schedule.total=2 episodes", "run.seed=1")) == [0]
     assert main(["--run", str(tmp_path / "other"), "--out", str(jobs[0][2]), "--verify"]) == 1

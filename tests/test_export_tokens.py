@@ -35,7 +35,7 @@ def written(folder, *values, layout="open_clip", dtype="float32"):
     model = build_model(recipe, features_of(objectives), 3, heads=heads_of(objectives)).eval()
     with torch.no_grad():
         model.filip_scale_head.log.fill_(7.0)  # beyond its bound
-    facts = Facts("filip", "mit", recipe.model, "live", [], {}, {}, ("filip",), {}, "", None, compared_by(recipe))
+    facts = Facts("filip", "mit", recipe.model, "live", [], {}, {}, {}, ("filip",), {}, "", None, compared_by(recipe))
     source = source_of_model(model, recipe.model, token_heads_of(recipe))
     return recipe, model, export(source, layout, folder / "export", dtype, Extras(lambda name, draft: write_card(facts, name, draft)))
 

@@ -1,7 +1,9 @@
 """tools/import_checkpoint.py on generated files of the published layouts: the export gives what the original model computes."""
 
 import argparse
+import pickle
 import runpy
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -47,6 +49,12 @@ def clip(vision: dict, quick_gelu: bool, embed_dim: int = 24) -> torch.nn.Module
     return model.eval()
 
 
+def save_archive(module: torch.nn.Module, path: Path) -> None:
+    """As OpenAI published: a traced program with weights in float16."""
+    traced = torch.jit.trace(module, (torch.zeros(1, 3, 224, 224), torch.zeros(1, 16, dtype=torch.long)), check_trace=False)
+    torch.jit.save(traced.half(), path)
+
+
 def distributed(state: dict) -> dict:
     return {f"module.{name}": tensor for name, tensor in state.items()}
 
@@ -64,10 +72,12 @@ def assert_imported(out: Path, their_image, their_text, size: int, normalization
 
 
 def test_openai_and_open_clip(tool, tmp_path):
-    """A state dict in float16, as OpenAI's archives hold it; and open_clip's training checkpoint, as safetensors. CLIP's ResNet has a bias behind its pool."""
+    """A TorchScript archive with weights in float16, as OpenAI's are; and open_clip's training checkpoint, as safetensors. CLIP's ResNet has a bias behind its pool."""
     theirs = clip(RESNET, quick_gelu=True)
-    facts = {name: torch.tensor(number) for name, number in (("input_resolution", 224), ("context_length", 16), ("vocab_size", 49_408))}
-    torch.save({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in theirs.state_dict().items()} | facts, tmp_path / "RN50.pt")
+    for name, number in (("input_resolution", 224), ("context_length", 16), ("vocab_size", 49_408)):
+        vars(theirs).pop(name, None)  # a plain number of open_clip's
+        theirs.register_buffer(name, torch.tensor(number))
+    save_archive(theirs, tmp_path / "RN50.pt")
     theirs.half().float()
     assert tool([str(tmp_path / "RN50.pt"), "--family", "openai", "--out", str(tmp_path / "rn50")]) == 0
     model = assert_imported(tmp_path / "rn50", theirs.encode_image, theirs.encode_text, 224, "clip")
@@ -131,12 +141,16 @@ def test_declip(tool, tmp_path, capsys):
 
 def test_what_cannot_be_read_is_told_in_one_line(tool, tmp_path, capsys):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "archive.pt"))
+    with zipfile.ZipFile(tmp_path / "archive.pt") as whole, zipfile.ZipFile(tmp_path / "program.pt", "w") as changed:
+        for name in whole.namelist():
+            changed.writestr(name, pickle.dumps(Path("x")) if name.endswith("/data.pkl") else whole.read(name))
     torch.save({"state_dict": {}, "path": Path("x")}, tmp_path / "objects.pt")
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "other.pt")
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:300])
     cases = {
-        "archive.pt": ("openai", "is a TorchScript archive: loading it runs the program inside"),
+        "archive.pt": ("openai", "the image tower is neither CLIP's vision transformer nor its ResNet"),
+        "program.pt": ("openai", "TorchScript archive that cannot be read (it holds pathlib."),
         "objects.pt": ("slip", "holds objects of pathlib."),
         "other.pt": ("openai", "the image tower is neither CLIP's vision transformer nor its ResNet"),
         "empty.pt": ("declip", "holds no weights: it has epoch"),

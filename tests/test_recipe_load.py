@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.recipe import Recipe, diff, dump, load_recipe
-from protoclip_scale.recipe.load import _flat, _merge, _Origin
+from protoclip_scale.recipe.layers import Origin, flat, merge
 from protoclip_scale.recipe.names import nearest
 from protoclip_scale.recipe.problems import all_keys
 
@@ -83,11 +83,11 @@ def test_merge_equals_slow_twin(layers: list[dict]):
     merged, origins = {}, {}
     expected: dict[str, object] = {}
     for number, layer in enumerate(layers):
-        _merge(merged, yaml.safe_load(yaml.safe_dump(layer)), origins, _Origin(str(number), Path()))
-        for key, value in _flat(layer).items():
+        merge(merged, yaml.safe_load(yaml.safe_dump(layer)), origins, Origin(str(number), Path()))
+        for key, value in flat(layer).items():
             stale = [old for old in expected if old == key or old.startswith(key + ".") or key.startswith(old + ".")]
             expected = {old: kept for old, kept in expected.items() if old not in stale} | {key: value}
-    assert _flat(merged) == expected
+    assert flat(merged) == expected
 
 
 def test_overrides_reach_sections_lists_and_null_sections(small: Path):

@@ -21,7 +21,7 @@ from protoclip_scale.report.html.timeline import Timeline
 from tests.support import TINY_PROTOTYPES, output, pretrain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 HOSTILE = "<script>document.title='taken over'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='taken over'\">"
 WITH_REPORT = (
     *(value for value in TINY_PROTOTYPES if not value.startswith(("run.report", "evaluation=", "prototypes.pictures"))),
@@ -68,6 +68,8 @@ def test_a_run_writes_its_report_itself(trained):
     assert "report:" in (trained / "log.txt").read_text() and f"{NAME} was not written" not in (trained / "log.txt").read_text()
     assert json.loads((trained / "recipe_changes.json").read_text())["base"] == "demo.yaml, demo_prototypes.yaml"
     assert "schedule.total" in page and "--set" in page
+    about = json.loads((trained / "evaluated_sets.json").read_text())["recipe"]["val"]
+    assert about["n"] == read_run(trained).evaluations()[-1]["val/rows"] and about["template_hash"] and about["data"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
@@ -111,6 +113,7 @@ def test_in_a_browser_nothing_is_missing_nothing_is_asked_for_and_captions_are_o
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") != back, f"{place}: the button switches"
             assert page.evaluate("getComputedStyle(document.querySelector('.curve')).stroke") != curve, f"{place}: curves follow"
             over_samples = page.locator(".over-samples:visible").count()
+            assert over_samples >= 10 and page.locator(".over-hours:visible").count() == 0, place
             page.get_by_role("button", name="hours of work").click()
             assert page.locator(".over-hours:visible").count() == over_samples and page.locator(".over-samples:visible").count() == 0, place
             assert page.locator("line.restart").count() > 10, "the second attempt is marked"
@@ -145,8 +148,11 @@ def test_of_a_crashed_run_of_the_smallest_and_of_none(tmp_path, capsys):
 
 
 def test_evaluations_of_the_run_and_of_watch_stand_in_one_chart(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(line("eval", step, **{"val/zero_shot/c/top1": 0.5, "val/zero_shot/c/constant": 0.2}) for step in (10, 30)))
-    (tmp_path / "evaluation.csv").write_text("step,samples,attempt,key,value\n20,1280,1,val/zero_shot/c/top1,0.375\n30,1920,1,val/knn/c/top1,0.625\n40,25")
+    evaluated = [line("eval", step, **{"val/zero_shot/c/top1": 0.5, "val/zero_shot/c/constant": 0.2}) for step in (10, 30)]
+    trained = [line("train", step, attempt) for attempt, step in ((1, 20), (1, 25), (2, 21), (2, 30))]
+    (tmp_path / "metrics.jsonl").write_text("".join([*evaluated, *trained, *(line("checkpoint", step) for step in (20, 25, 30))]))
+    watched = ["20,1280,1,val/zero_shot/c/top1,0.375", "25,1600,1,val/zero_shot/c/top1,0.9", "30,1920,2,val/knn/c/top1,0.625", "30,1920,2,watch/suite@1,77", "40,25"]
+    (tmp_path / "evaluation.csv").write_text("\n".join(["step,samples,attempt,key,value", *watched]))  # the second attempt trained step 25 again
     found = read_run(tmp_path).evaluations()
     assert [(entry["step"], entry.get("val/zero_shot/c/top1"), entry.get("val/knn/c/top1")) for entry in found] == [(10, 0.5, None), (20, 0.375, None), (30, 0.5, 0.625)]
     page = write_report(tmp_path).read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from protoclip_scale.evaluation import figures_csv
 from protoclip_scale.recipe import load_recipe
-from protoclip_scale.report.compare.runs import current, hours_of_work, method_of, read_runs
+from protoclip_scale.report.compare.runs import hours_of_work, method_of, read_runs
 from protoclip_scale.report.compare.tables import HEADLINES, chosen_keys, curves, final_table, needs_table, seeds_table
 from tests.runs import check_equal, check_tensors, once
 from tests.support import CORPUS, RECIPES, ROOT, TINY, final_tensors, metrics, output, pretrain
@@ -74,7 +74,7 @@ def test_hours_leave_out_evaluations_pauses_and_what_was_done_again():
 def test_figures_of_steps_that_were_taken_back_or_trained_again_do_not_count():
     rows = [figures_csv.Row(step, 10 * step, attempt, "val/x", value) for step, attempt, value in ((2, 1, 0.1), (4, 1, 0.2), (6, 1, 0.3), (4, 2, 0.25))]
     lines = [line_of("train", 1, 0.0), line_of("train", 2, 1.0), line_of("checkpoint", 2, 2.0), line_of("train", 3, 3.0, 2), line_of("checkpoint", 4, 4.0, 2)]
-    assert [(row.step, row.attempt) for row in current(rows, lines)] == [(2, 1), (4, 2)]  # 6 lies ahead of the second attempt
+    assert [(row.step, row.attempt) for row in figures_csv.current(rows, lines)] == [(2, 1), (4, 2)]  # 6 lies ahead of the second attempt
 
 
 def test_seeds_are_one_method_and_anything_else_is_another():

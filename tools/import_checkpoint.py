@@ -14,7 +14,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.redact import redact_errors
 
 FAMILIES = {
-    "openai": "OpenAI's CLIP, as a state dict (its TorchScript archives are refused: they run a program)",
+    "openai": "OpenAI's CLIP: its TorchScript archives, of which only the tensors are read, or a state dict",
     "open_clip": "open_clip's own towers; timm's with --image-name",
     "slip": "facebookresearch/SLIP: SLIP, SimCLR + CLIP and CLIP with ViT-B and ViT-L",
     "declip": "Sense-GVT/DeCLIP: DeCLIP, and the CLIP of the same code, with ViT-B/32 (ResNets only where the bias of their text projection can be folded)",

@@ -35,6 +35,7 @@ from protoclip_scale.engine.throughput import Throughput
 from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.engine.training import train_episode
 from protoclip_scale.errors import Stopped, UserError
+from protoclip_scale.evaluation import provenance
 from protoclip_scale.evaluation.run import evaluate
 from protoclip_scale.files import publish_text
 from protoclip_scale.prototypes.diagnostics import collapse_warnings
@@ -253,6 +254,8 @@ class EpisodeMachine:
             event("evaluate.start")
             with self.trainer.averaged(), self.trainer.strategy.evaluating() as model:
                 figures = evaluate(model, self.run.recipe, self.run.tokenizer, self.run.device, prototypes=self.prototypes, meanwhile=self.run.stop.agree)
+        if collectives.rank() == 0:
+            provenance.publish_of_recipe(self.run.folder, self.run.recipe, figures)
         mark = {"weights": "ema"} if self.trainer.average else {}
         self.run.log.once("eval", step=self.cursor.step, samples=self._samples, episode=episode, **mark, **figures)
         self.run.console.evaluation(figures)

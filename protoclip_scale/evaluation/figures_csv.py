@@ -7,9 +7,9 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protoclip_scale.files import publish_text
 
@@ -53,7 +53,7 @@ def read(run_dir: Path) -> tuple[list[Row], set[Mark]]:
     path = run_dir / NAME
     rows, marks = [], set()
     if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
             for line in csv.DictReader(file):
                 with contextlib.suppress(ValueError, TypeError):
                     row = Row(int(line["step"]), int(line["samples"]), int(line["attempt"]), line["key"], float(line["value"]))
@@ -62,6 +62,22 @@ def read(run_dir: Path) -> tuple[list[Row], set[Mark]]:
                     elif math.isfinite(row.value):
                         rows.append(row)
     return rows, marks
+
+
+def current(rows: Iterable[Row], lines: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Figures that are of the run as it went on, ``lines`` of its metrics.jsonl: not of steps that a resumed run has taken back or trained again. The last one of a step and key."""
+    published, first_step = set(), {}
+    for line in lines:
+        if line["kind"] == "checkpoint":
+            published.add(line["step"])
+        elif line["kind"] == "train":
+            first_step[line["attempt"]] = min(line["step"], first_step.get(line["attempt"], line["step"]))
+    kept: dict[tuple[int, str], Row] = {}
+    for row in rows:
+        trained_again = any(attempt > row.attempt and step <= row.step for attempt, step in first_step.items())
+        if row.step in published and not trained_again:
+            kept[row.step, row.key] = row
+    return list(kept.values())
 
 
 @contextlib.contextmanager

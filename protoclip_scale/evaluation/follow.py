@@ -18,7 +18,8 @@ from protoclip_scale.engine.checkpoint.finding import step_of
 from protoclip_scale.engine.faults import event
 from protoclip_scale.engine.saved_model import load_model, recipe_of
 from protoclip_scale.errors import UserError
-from protoclip_scale.evaluation import figures_csv
+from protoclip_scale.evaluation import figures_csv, provenance
+from protoclip_scale.evaluation.pixels import own_preprocessing
 from protoclip_scale.evaluation.run import evaluate_suite
 from protoclip_scale.evaluation.suites import Suite
 from protoclip_scale.objectives.compared import compared_by
@@ -139,10 +140,11 @@ class Follower:
             return False
         suite = self._suite()
         model = saved.model.to(self.device)
-        tokenizer, size = tokenizer_for(saved.recipe.model.text), saved.recipe.model.image.size
-        figures = evaluate_suite(model, suite, size, tokenizer, self.device, self.options.precision, compared=compared_by(saved.recipe))
+        tokenizer, preprocessing = tokenizer_for(saved.recipe.model.text), own_preprocessing(saved.recipe.model.image)
+        figures = evaluate_suite(model, suite, preprocessing, tokenizer, self.device, self.options.precision, compared=compared_by(saved.recipe))
         event("watch.figures")
         if collectives.rank() == 0:
+            provenance.publish(self.run_dir, self._suite_name(suite), provenance.provenance(suite, figures, preprocessing, self.options.precision))
             figures_csv.append(self.run_dir, found.step, found.samples, found.attempt, figures, found.digest, self._suite_name(suite))
             self._tell(f"step {found.step} (attempt {found.attempt}): {len(figures)} figures in {time.monotonic() - began:.1f} s")
             for line in evaluation_lines(figures):

@@ -12,13 +12,12 @@ from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.data.transforms import NORMALIZATION
 from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.others import open_clip_model, preprocessing_of_open_clip, transformers_model
-from protoclip_scale.evaluation.pixels import Preprocessing
+from protoclip_scale.evaluation.pixels import Preprocessing, own_preprocessing
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
 from protoclip_scale.models.transformers_folder import form_of
 from protoclip_scale.objectives.compared import Compared, compared_by
 from protoclip_scale.objectives.token_heads import FILE as TOKEN_HEADS
 from protoclip_scale.objectives.token_heads import load_with_tokens
-from protoclip_scale.recipe import schema
 
 OPEN_CLIP, HUB = "open_clip:", "hf:"
 KINDS = f"a run directory, an export, {OPEN_CLIP}NAME[:PRETRAINED], a folder of transformers with a CLIP in it, or {HUB}ORG/NAME"
@@ -80,7 +79,7 @@ def _of_run(folder: Path, checkpoint: str, weights: str | None) -> Iterator[Cand
         step = int(path.name.removeprefix("step-"))
         recipe, model, kind = load_model(folder, str(step), weights)
         name = f"{recipe.name}, step {step}{', averaged weights' if kind == 'ema' else ''}"
-        yield Candidate(name, model, _own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind, compared_by(recipe))
+        yield Candidate(name, model, own_preprocessing(recipe.model.image), tokenizer_for(recipe.model.text), step, suite_of_recipe(recipe), kind, compared_by(recipe))
 
 
 def _of_export(folder: Path) -> Candidate:
@@ -99,13 +98,8 @@ def _of_export(folder: Path) -> Candidate:
 
 def _ours(folder: Path) -> Candidate:
     settings, model, compared, _ = load_with_tokens(folder)
-    return Candidate(folder.name, model, _own_preprocessing(settings.image), tokenizer_for(settings.text), compared=compared)
+    return Candidate(folder.name, model, own_preprocessing(settings.image), tokenizer_for(settings.text), compared=compared)
 
 
 def _of_open_clip(name: str, tag: str) -> Candidate:
     return Candidate(f"{name} ({tag or 'random weights'})", *open_clip_model(name, tag or None))
-
-
-def _own_preprocessing(image: schema.ImageTower) -> Preprocessing:
-    mean, std = NORMALIZATION[image.normalization]
-    return Preprocessing(image.size, mean=tuple(mean), std=tuple(std))

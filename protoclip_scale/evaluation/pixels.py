@@ -11,6 +11,8 @@ from protoclip_scale.data.decode import BadImage, Limits, decode_image
 from protoclip_scale.data.transforms import center_crop, eval_transform
 from protoclip_scale.data.transforms import resize as resize_to
 from protoclip_scale.evaluation.sets import HeldOutRows
+from protoclip_scale.models.dual_encoder import NORMALIZATION
+from protoclip_scale.recipe import schema
 
 BUDGET_BYTES = 1_000_000_000
 NUM_DECODING_THREADS = 4
@@ -42,6 +44,12 @@ class Preprocessing:
         if self.squash:
             return eval_transform(resize_to(image, resize, resize, self.interpolation), self.size)
         return center_crop(eval_transform(image, resize, self.interpolation, square=False), self.size, self.size)
+
+
+def own_preprocessing(image: schema.ImageTower) -> Preprocessing:
+    """What the models of recipes get."""
+    mean, std = NORMALIZATION[image.normalization]
+    return Preprocessing(image.size, mean=tuple(mean), std=tuple(std))
 
 
 class PixelStore:

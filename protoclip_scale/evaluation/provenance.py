@@ -4,14 +4,18 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from protoclip_scale.evaluation.pixels import Preprocessing
+from protoclip_scale.evaluation.pixels import Preprocessing, own_preprocessing
 from protoclip_scale.evaluation.ranking import chosen_key
 from protoclip_scale.evaluation.sets import HeldOutRows, cached_set
-from protoclip_scale.evaluation.suites import Suite
+from protoclip_scale.evaluation.suites import RECIPE, Suite, suite_of_recipe
 from protoclip_scale.evaluation.zero_shot import class_names
-from protoclip_scale.recipe.schema import EvaluationSet
+from protoclip_scale.files import publish_json
+from protoclip_scale.recipe.schema import EvaluationSet, Recipe
+
+NAME = "evaluated_sets.json"
 
 
 def hash_of(value: Any) -> str:
@@ -70,3 +74,21 @@ def provenance(suite: Suite, figures: Mapping[str, Any], preprocessing: Preproce
     """``set_provenance`` of every set of a suite that has been evaluated in this process; reads nothing again."""
     sets = {held_out.name: cached_set(held_out, suite.root, suite.retry_seconds) for held_out in suite.evaluation.sets}
     return {name: set_provenance(rows, figures, preprocessing, precision, suite.allow_subset) for name, rows in sets.items()}
+
+
+def publish_of_recipe(run_dir: Path, recipe: Recipe, figures: Mapping[str, Any]) -> None:
+    """``publish`` for a run's own evaluation of itself."""
+    publish(run_dir, RECIPE, provenance(suite_of_recipe(recipe), figures, own_preprocessing(recipe.model.image), "fp32"))
+
+
+def publish(run_dir: Path, suite_name: str, sets: Mapping[str, Any]) -> None:
+    """``provenance`` of a suite's newest evaluation beside the figures in a run directory: {suite: {set: facts}}."""
+    publish_json(run_dir / NAME, read(run_dir) | {suite_name: sets})
+
+
+def read(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """{} if there is none that can be read."""
+    try:
+        return json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -17,6 +17,8 @@ from protoclip_scale.recipe.names import nearest
 from protoclip_scale.recipe.problems import one_line
 from protoclip_scale.recipe.schema import Data, Evaluation, EvaluationSet, Recipe
 
+RECIPE = "recipe"  # in the place of a suite's name: the sets that a run's recipe has
+
 
 @dataclass(frozen=True)
 class Suite:

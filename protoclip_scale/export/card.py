@@ -25,7 +25,7 @@ class DataSource(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a card tells. ``figures``: of the evaluation, with its step; ``training``: rows of a table; ``recipe``: YAML; ``repo``: name on the Hub."""
+    """What a card tells. ``figures``: of the evaluation, with its step; ``sets``: where they come from; ``training``: rows of a table; ``recipe``: YAML; ``repo``: name on the Hub."""
 
     name: str
     license: str
@@ -33,6 +33,7 @@ class Facts(NamedTuple):
     weights: str
     sources: list[DataSource]
     figures: Mapping[str, Any]
+    sets: Mapping[str, Mapping[str, Any]]
     baseline: Mapping[str, Any]
     objectives: tuple[str, ...]
     training: Mapping[str, str]
@@ -97,7 +98,17 @@ def _evaluation(facts: Facts) -> str:
     parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; {'by tokens: late interaction; ' if facts.compared.tokens else ''}the last column is the best constant answer or chance."]
     for title, rows in tables.items():
         parts.append(f"**{title}**\n\n" + _table(("figure", "model", "untrained", "constant or chance"), [tuple(row) for row in rows]))
+    if facts.sets:
+        head = ("set", "rows", "prompts", "hash of templates", "hash of data", "preprocessing")
+        parts.append("**Where the figures come from**\n\n" + _table(head, [_provenance(name, about) for name, about in facts.sets.items()]))
     return "\n\n".join(parts)
+
+
+def _provenance(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
+    prompts = f"{about['prompts']}, {about['templates']} templates" if "prompts" in about else "-"
+    pixels = about["preprocessing"]
+    seen = f"{pixels['resize']} to {pixels['size']} pixels, {pixels['interpolation']}; {about['precision']}"
+    return name, f"{about['n']:,}" + (" (not the whole set)" if about["subset_allowed"] else ""), prompts, about.get("template_hash", "-")[:12], about["data"][:12], seen
 
 
 def _limitations(facts: Facts) -> str:

@@ -11,6 +11,8 @@ import yaml
 
 from protoclip_scale import __version__
 from protoclip_scale.data.sources.filesystems import is_url
+from protoclip_scale.evaluation import provenance
+from protoclip_scale.evaluation.suites import RECIPE
 from protoclip_scale.export.card import DataSource, Facts, write_card
 from protoclip_scale.export.manifest import sha256_of
 from protoclip_scale.export.writing import Extras
@@ -41,6 +43,7 @@ def extras_of_run(run_dir: Path, recipe: Recipe, point: Checkpoint, license: str
         weights=point.weights,
         sources=_sources(run_dir, recipe),
         figures=_figures(run_dir, point.step),
+        sets=_sets(run_dir, point.step),
         baseline=_json(run_dir / "baseline.json"),
         objectives=_objectives(recipe),
         training=_training(recipe, point, environment),
@@ -66,7 +69,7 @@ def facts_of_import(file: Path, family: str, settings: schema.Model, license: st
     """The card's facts and the manifest's origin of weights that somebody else published."""
     digest = sha256_of(file)
     training = {"weights": f"{file.name} (sha256 {digest})", "family": family, "converted by": f"protoclip-scale {__version__}"}
-    facts = Facts(f"{file.stem}, converted", license, settings, "live", [], {}, {}, (), training, "", None)
+    facts = Facts(f"{file.stem}, converted", license, settings, "live", [], {}, {}, {}, (), training, "", None)
     return facts, {"file": file.name, "sha256": digest, "family": family, "release": __version__}
 
 
@@ -121,11 +124,22 @@ def _figures(run_dir: Path, step: int) -> dict[str, Any]:
             continue  # a line that a kill has torn
         if line.get("kind") == "eval" and line["step"] <= step:
             found = line
-    for path in sorted(run_dir.glob("evaluation*.json")):
-        for result in _json(path).get("results", []):
-            if result.get("step") == step:
-                found = {"step": step, **(found if found.get("step") == step else {}), **result.get("figures", {})}
+    for result in _results(run_dir, step):
+        found = {"step": step, **(found if found.get("step") == step else {}), **result.get("figures", {})}
     return found
+
+
+def _sets(run_dir: Path, step: int) -> dict[str, Any]:
+    """By held-out set what evaluation/provenance.py tells of its figures."""
+    found = provenance.read(run_dir).get(RECIPE, {})
+    for result in _results(run_dir, step):
+        found = found | result.get("sets", {})
+    return found
+
+
+def _results(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """What launch/evaluate.py --out has put into the run directory about a step."""
+    return [result for path in sorted(run_dir.glob("evaluation*.json")) for result in _json(path).get("results", []) if result.get("step") == step]
 
 
 def _training(recipe: Recipe, point: Checkpoint, environment: dict[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """An export to the Hugging Face Hub: what its manifest lists, file by file, then one commit that makes all of it visible."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def push(folder: Path, repo: str, private: bool, dry_run: bool) -> Iterator[str]
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the lines here are the progress; read when the library is imported
     from huggingface_hub import HfApi, get_token
 
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_without_secrets)
     token = get_token()
     if not token:
         raise UserError("--push: no token for the Hugging Face Hub; make one with write access at https://huggingface.co/settings/tokens, then set HF_TOKEN or run `hf auth login`, and give the same command again")
@@ -66,5 +69,14 @@ def _sent(api: "HfApi", folder: Path, repo: str, names: list[str], private: bool
         raise UserError(f"--push {repo}: interrupted ({_one_line(error) or type(error).__name__}); {again}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return redact_text(" ".join(str(error).split()))[:300]
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """Retries are told with the address they go to, which may be signed."""
+    record.msg, record.args = redact_text(record.getMessage()), ()
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    told = " ".join(str(error).split())
+    if error.__cause__ is not None and len(cause := " ".join(str(error.__cause__).split())) > 0:
+        told += f": {cause}"
+    return redact_text(told)[:300]

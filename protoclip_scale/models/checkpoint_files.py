@@ -1,4 +1,4 @@
-"""State dicts out of files that others wrote, without running what such files can hold: safetensors, or torch's files by ``weights_only``."""
+"""State dicts out of files that others wrote, without running what such files can hold: safetensors, torch's files by ``weights_only``, and TorchScript archives."""
 
 import argparse
 import pickle
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from protoclip_scale.errors import UserError
+from protoclip_scale.models.torchscript_weights import is_torchscript, read_torchscript
 
 _ALLOWED = [argparse.Namespace]  # a bag of plain values: what training scripts keep their arguments in
 _STATES = ("state_dict", "model", "model_state_dict")  # where checkpoints keep the weights
@@ -21,7 +22,7 @@ _PREFIX = "module."  # of DistributedDataParallel
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, floats as float32, without the prefix of DistributedDataParallel.
 
-    Raises UserError for TorchScript archives, for files that would run code, and for what holds no weights.
+    Raises UserError for files that would run code, and for what holds no weights.
     """
     found = _content(path)
     state = next((found[key] for key in _STATES if isinstance(found.get(key), Mapping)), found)
@@ -40,11 +41,11 @@ def _content(path: Path) -> Mapping[str, Any]:
         except Exception as error:
             raise UserError(f"{path} is no whole safetensors file ({_one_line(error)}); download it again") from error
     is_zip = zipfile.is_zipfile(path)
-    if is_zip and _is_torchscript(path):
-        raise UserError(
-            f"{path} is a TorchScript archive: loading it runs the program inside, so it is not read. Take the same weights as safetensors (OpenAI's are on the Hub as openai/clip-vit-base-patch32 and its "
-            "sisters: model.init_from, protoclip_scale.load), or, where you trust it, convert it once: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), 'weights.pt')"
-        )
+    if is_zip and is_torchscript(path):
+        try:
+            return read_torchscript(path)
+        except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is a TorchScript archive that cannot be read ({_one_line(error)}); download it again") from error
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -56,11 +57,6 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"{path} holds a {type(found).__name__}, not a state dict; name a checkpoint with one")
     return found
-
-
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
 def _one_line(error: Exception) -> str:

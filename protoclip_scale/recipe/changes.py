@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from protoclip_scale.recipe.load import _flat, _layers, _merge, _origin_of, _read, _resolve_paths
+from protoclip_scale.recipe.layers import flat, layers_of, merge, origin_of, read_tree, resolve_paths
 from protoclip_scale.redact import redacted
 
 NOT_CHANGES = ("name", "notes", "expected")
@@ -17,14 +17,14 @@ def against_base(path: str | os.PathLike, overrides: Iterable[str] = ()) -> dict
     A key that the base does not set, whose default therefore holds there, has no ``base``. Costs a second reading of the files.
     """
     path = Path(path).expanduser()
-    *parents, own = _layers(path, ())
+    *parents, own = layers_of(path, ())
     base: dict[str, Any] = {}
     base_origins = {(): own[1]}
     for layer, origin in parents:
-        _merge(base, layer, base_origins, origin)
-    _resolve_paths(base, base_origins)
-    tree, origins = _read(path, overrides)
-    before, now = _flat(redacted(base)), _flat(redacted(tree))
+        merge(base, layer, base_origins, origin)
+    resolve_paths(base, base_origins)
+    tree, origins = read_tree(path, overrides)
+    before, now = flat(redacted(base)), flat(redacted(tree))
     changed = [key for key in now if key not in NOT_CHANGES and (key not in before or now[key] != before[key]) and (key != "data.root" or ("data", "root") in origins)]
-    changes = [{"key": key, **({"base": before[key]} if key in before else {}), "value": now[key], "said_by": Path(_origin_of(tuple(key.split(".")), origins).label).name} for key in changed]
+    changes = [{"key": key, **({"base": before[key]} if key in before else {}), "value": now[key], "said_by": Path(origin_of(tuple(key.split(".")), origins).label).name} for key in changed]
     return {"base": ", ".join(Path(origin.label).name for _, origin in parents) or None, "changes": changes}

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class _Follower(threading.Thread):
         self._opening, self._kept, self._attempt, self._tell = opening, kept, attempt, tell
         self._floor: dict[str, int] = dict(kept.of(name).get("sent", {}))
         self._sent = dict(self._floor)
+        self._unsettled: deque[tuple[float, str, int]] = deque()  # when taken, kind of line, step
         self._ended = threading.Event()
         self._offset = 0
         self._told = False
@@ -105,6 +107,7 @@ class _Follower(threading.Thread):
         if opened:
             try:
                 opened.tracker.finish()
+                self._settle(opened, time.monotonic())
             except Exception as error:
                 self._tell_once(error)
 
@@ -117,17 +120,24 @@ class _Follower(threading.Thread):
 
     def _send_news(self, opened: Opened) -> None:
         """From where the last call ended; a line that cannot be sent is tried again by the next call."""
-        before = dict(self._sent)
         try:
             for offset, line in _lines_from(self._opening.folder / "metrics.jsonl", self._offset):
                 kind = line.get("kind")
                 if kind in SENT_KINDS and line["attempt"] <= self._attempt and line["step"] > self._floor.get(kind, -1):
                     opened.tracker.log(figures_of(line), step=line["step"])
-                    self._sent[kind] = line["step"]
+                    self._unsettled.append((time.monotonic(), kind, line["step"]))
                 self._offset = offset
         finally:
-            if self._sent != before:
-                self._keep(opened)
+            self._settle(opened, time.monotonic() - opened.settles)
+
+    def _settle(self, opened: Opened, until: float) -> None:
+        """What was taken by then is never sent again."""
+        settled = False
+        while self._unsettled and self._unsettled[0][0] <= until:
+            _, kind, step = self._unsettled.popleft()
+            self._sent[kind], settled = step, True
+        if settled:
+            self._keep(opened)
 
     def _keep(self, opened: Opened) -> None:
         self._kept.put(self.name, {"id": opened.id, "sent": dict(self._sent)})

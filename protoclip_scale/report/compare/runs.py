@@ -125,25 +125,10 @@ def _figures(folder: Path, lines: list[dict[str, Any]]) -> pd.DataFrame:
         if line["kind"] in ("train", EVALUATED):
             values = {key: value for key, value in line.items() if key not in HEAD and isinstance(value, int | float) and not isinstance(value, bool)}
             rows += [(line["kind"], line["step"], line["samples"], hour, key, float(value)) for key, value in values.items() if key != "episode"]
-    for row in current(figures_csv.read(folder)[0], lines):
+    for row in figures_csv.current(figures_csv.read(folder)[0], lines):
         hour = float(np.interp(row.samples, [line["samples"] for line in lines], hours))
         rows.append((WATCHED, row.step, row.samples, hour, row.key, row.value))
     return pd.DataFrame(rows, columns=["source", "step", "samples", "hours", "key", "value"])
-
-
-def current(rows: list[figures_csv.Row], lines: list[dict[str, Any]]) -> list[figures_csv.Row]:
-    """Figures of evaluation.csv that are of the run as it went on: not of steps that a resumed run has taken back or trained again. The last one of a step and key."""
-    published = {line["step"] for line in lines if line["kind"] == "checkpoint"}
-    first_step: dict[int, int] = {}
-    for line in lines:
-        if line["kind"] == "train":
-            first_step[line["attempt"]] = min(line["step"], first_step.get(line["attempt"], line["step"]))
-    kept: dict[tuple[int, str], figures_csv.Row] = {}
-    for row in rows:
-        trained_again = any(attempt > row.attempt and step <= row.step for attempt, step in first_step.items())
-        if row.step in published and not trained_again:
-            kept[row.step, row.key] = row
-    return list(kept.values())
 
 
 def _started(folder: Path, attempt: int) -> float | None:

@@ -1,6 +1,5 @@
 """What a run directory holds, read for its report: every file may be missing, torn or of a run that is being written."""
 
-import csv
 import json
 import re
 from array import array
@@ -13,9 +12,10 @@ import numpy as np
 
 from protoclip_scale.data.quarantine import read_quarantine
 from protoclip_scale.errors import UserError
+from protoclip_scale.evaluation import figures_csv
 from protoclip_scale.redact import redact_text
 
-KEPT_KINDS = ("episode", "eval", "phases", "warning")
+KEPT_KINDS = ("checkpoint", "episode", "eval", "phases", "warning")
 WARNINGS_SHOWN = 40
 HANG_CHARACTERS = 6000
 _LOG_WARNING = re.compile(r"^(\S+ \S+) (?:.*?)warning: (.*)$")
@@ -82,12 +82,9 @@ class RunFiles:
         found: dict[int, dict[str, Any]] = {}
         for line in self.lines["eval"]:
             found.setdefault(line["step"], {}).update(line)
-        for row in _csv_rows(self.folder / "evaluation.csv"):
-            try:
-                step, samples, value = int(row["step"]), int(row["samples"]), float(row["value"])
-                found.setdefault(step, {"step": step, "samples": samples})[row["key"]] = value
-            except (KeyError, TypeError, ValueError):  # half a line, of a writer at work
-                continue
+        trained = ({"kind": "train", "attempt": int(attempt), "step": int(step)} for attempt, step in zip(self.train["attempt"], self.train["step"], strict=True))
+        for row in figures_csv.current(figures_csv.read(self.folder)[0], [*self.lines["checkpoint"], *trained]):
+            found.setdefault(row.step, {"step": row.step, "samples": row.samples})[row.key] = row.value
         return [found[step] for step in sorted(found)]
 
     def quarantine(self) -> list[dict[str, Any]]:
@@ -171,7 +168,3 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict) and line.keys() >= {"kind", "step", "samples", "attempt", "time"}:
             yield line
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    yield from csv.DictReader(_text_lines(path))
