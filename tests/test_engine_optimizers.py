@@ -79,7 +79,7 @@ def spool_folder(tmp_path_factory) -> str:
     return fill_spool(tmp_path_factory.mktemp("spool"), recipe_with("clip"), 0)
 
 
-@pytest.mark.parametrize("values", [SPLIT, LAMB], ids=["split", "lamb"])
+@pytest.mark.parametrize("values", [SPLIT, pytest.param(LAMB, marks=pytest.mark.slow)], ids=["split", "lamb"])
 def test_steps_are_those_of_the_libraries_also_through_a_checkpoint(spool_folder, tmp_path, values):
     expected = twin(spool_folder, values)
     whole = spawn(trained, 1, spool_folder, str(tmp_path / "one"), values, None)[0]

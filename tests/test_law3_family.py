@@ -42,6 +42,7 @@ def test_a_killed_run_equals_one_never_killed(tmp_path, never_killed):
     torch.testing.assert_close(state["objective/neighbour/entries"].norm(dim=-1), torch.ones(1, 100))
 
 
+@pytest.mark.slow
 def test_the_same_with_another_number_of_ranks(tmp_path, never_killed):
     """The queue of one rank is that of two, to rounding, and a run goes on from either."""
     run = tmp_path / "run"
@@ -52,6 +53,7 @@ def test_the_same_with_another_number_of_ranks(tmp_path, never_killed):
     assert all(found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4) for step in expected)
 
 
+@pytest.mark.slow
 def test_a_resumption_with_an_empty_queue_fails_the_law(tmp_path, never_killed):
     run = tmp_path / "run"
     pretrain(run, "demo_clip.yaml", SETTINGS, ranks=RANKS, env={"PROTOCLIP_KILL_AT": "train.step:3@0"})

@@ -132,7 +132,7 @@ def test_towers_run_twice_and_only_where_something_trains(monkeypatch):
     calls = {ImageTower: 0, TextTower: 0}
     for tower, name in {ImageTower: "forward", TextTower: "pooled"}.items():
         run = getattr(tower, name)
-        monkeypatch.setattr(tower, name, functools.partialmethod(lambda self, *inputs, tower, run: calls.update({tower: calls[tower] + 1}) or run(self, *inputs), tower=tower, run=run))
+        monkeypatch.setattr(tower, name, functools.partialmethod(lambda self, *inputs, tower, run, **more: calls.update({tower: calls[tower] + 1}) or run(self, *inputs, **more), tower=tower, run=run))
     pieces = num_microbatches(ROWS, SIZE)
     model = build()
     loss_of(model(*batch(), wants=CLIP, microbatch=SIZE)).backward()

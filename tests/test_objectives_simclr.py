@@ -145,7 +145,7 @@ def test_a_view_is_one_pass_of_its_tower(monkeypatch):
     calls = {ImageTower: 0, TextTower: 0}
     for tower, name in {ImageTower: "forward", TextTower: "pooled"}.items():
         run = getattr(tower, name)
-        monkeypatch.setattr(tower, name, functools.partialmethod(lambda self, *inputs, tower, run: calls.update({tower: calls[tower] + 1}) or run(self, *inputs), tower=tower, run=run))
+        monkeypatch.setattr(tower, name, functools.partialmethod(lambda self, *inputs, tower, run, **more: calls.update({tower: calls[tower] + 1}) or run(self, *inputs, **more), tower=tower, run=run))
     for values, expected in (((), (3, 1)), (("objectives.simclr.weight=0",), (1, 1)), (("objectives.clip.weight=0",), (2, 0))):
         chosen, (main, views) = recipe(*values), batch()
         calls.update(dict.fromkeys(calls, 0))
