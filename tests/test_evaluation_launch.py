@@ -96,7 +96,11 @@ def test_the_card_tells_where_its_figures_come_from(run_dir, recipe, tmp_path):
     assert about["n"] == figures["unseen/rows"] and len(about["data"]) == 32
     assert script().main(["--model", str(folder), "--prompts", "single", "--out", str(folder / "evaluation.json")]) == 0
     card = extras_of_run(folder, recipe, point).card("open_clip", folder)
-    assert "single, 1 templates" in card
+    assert "single, 1 templates" in card and "the whole set has" not in card
+    of_set = json.loads((folder / "evaluation.json").read_text())
+    of_set["results"][0]["sets"]["unseen"]["rows_expected"] = about["n"] + 1000
+    (folder / "evaluation.json").write_text(json.dumps(of_set))
+    assert f"(the whole set has {about['n'] + 1000:,})" in extras_of_run(folder, recipe, point).card("open_clip", folder)
 
 
 def test_an_export_is_evaluated_on_a_suite_of_its_own(recipe, tmp_path):

@@ -144,12 +144,19 @@ def test_what_cannot_be_read_is_told_in_one_line(tool, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "archive.pt") as whole, zipfile.ZipFile(tmp_path / "program.pt", "w") as changed:
         for name in whole.namelist():
             changed.writestr(name, pickle.dumps(Path("x")) if name.endswith("/data.pkl") else whole.read(name))
+    with zipfile.ZipFile(tmp_path / "archive.pt") as whole, zipfile.ZipFile(tmp_path / "lacking.pt", "w") as lacking, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+            if not name.endswith("/data.pkl"):
+                lacking.writestr(name, whole.read(name))
     torch.save({"state_dict": {}, "path": Path("x")}, tmp_path / "objects.pt")
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "other.pt")
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:300])
     cases = {
         "archive.pt": ("openai", "the image tower is neither CLIP's vision transformer nor its ResNet"),
+        "lacking.pt": ("openai", "TorchScript archive that cannot be read ("),
+        "packed.pt": ("openai", "data.pkl is compressed, which torch does not do"),
         "program.pt": ("openai", "TorchScript archive that cannot be read (it holds pathlib."),
         "objects.pt": ("slip", "holds objects of pathlib."),
         "other.pt": ("openai", "the image tower is neither CLIP's vision transformer nor its ResNet"),

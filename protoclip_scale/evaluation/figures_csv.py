@@ -7,11 +7,11 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from protoclip_scale.files import publish_text
+from protoclip_scale.files import alone, publish_text
 
 NAME = "evaluation.csv"
 COLUMNS = ("step", "samples", "attempt", "key", "value")
@@ -43,7 +43,7 @@ def append(run_dir: Path, step: int, samples: int, attempt: int, figures: Mappin
     for key, value in {**figures, WATCH + suite: int(digest[:DIGITS], 16)}.items():
         lines.writerow((step, samples, attempt, key, value))
     path = run_dir / NAME
-    with _alone(run_dir):
+    with alone(path):
         before = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
         publish_text(path, before + text.getvalue())
 
@@ -78,13 +78,3 @@ def current(rows: Iterable[Row], lines: Iterable[Mapping[str, Any]]) -> list[Row
         if row.step in published and not trained_again:
             kept[row.step, row.key] = row
     return list(kept.values())
-
-
-@contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """One process at a time; a lock goes with the process that holds it."""
-    import fcntl
-
-    with open(run_dir / f".{NAME}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

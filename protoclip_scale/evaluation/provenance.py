@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from protoclip_scale.evaluation.ranking import chosen_key
 from protoclip_scale.evaluation.sets import HeldOutRows, cached_set
 from protoclip_scale.evaluation.suites import RECIPE, Suite, suite_of_recipe
 from protoclip_scale.evaluation.zero_shot import class_names
-from protoclip_scale.files import publish_json
+from protoclip_scale.files import alone, publish_json
 from protoclip_scale.recipe.schema import EvaluationSet, Recipe
 
 NAME = "evaluated_sets.json"
@@ -42,6 +43,7 @@ def data_fingerprint(rows: HeldOutRows) -> str:
 def set_provenance(rows: HeldOutRows, figures: Mapping[str, Any], preprocessing: Preprocessing, precision: str, allow_subset: bool) -> dict[str, Any]:
     """What the figures of a set are worth: see docs/evaluation.md for the keys."""
     settings = rows.settings
+    value = figures.get(chosen_key(settings, figures), math.nan)
     facts: dict[str, Any] = {
         "task": settings.task,
         "n": figures[f"{settings.name}/rows"],
@@ -52,7 +54,7 @@ def set_provenance(rows: HeldOutRows, figures: Mapping[str, Any], preprocessing:
         "captions_expected": settings.num_captions,
         "subset_allowed": allow_subset,
         "metric": settings.chosen_metric,
-        "value": figures.get(chosen_key(settings, figures)),
+        "value": value if math.isfinite(value) else None,
         "precision": precision,
         "preprocessing": preprocessing.as_dict(),
         "data": data_fingerprint(rows),
@@ -83,7 +85,8 @@ def publish_of_recipe(run_dir: Path, recipe: Recipe, figures: Mapping[str, Any])
 
 def publish(run_dir: Path, suite_name: str, sets: Mapping[str, Any]) -> None:
     """``provenance`` of a suite's newest evaluation beside the figures in a run directory: {suite: {set: facts}}."""
-    publish_json(run_dir / NAME, read(run_dir) | {suite_name: sets})
+    with alone(run_dir / NAME):  # training and tools/watch.py may evaluate at the same time
+        publish_json(run_dir / NAME, read(run_dir) | {suite_name: sets})
 
 
 def read(run_dir: Path) -> dict[str, dict[str, Any]]:

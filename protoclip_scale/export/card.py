@@ -108,7 +108,8 @@ def _provenance(name: str, about: Mapping[str, Any]) -> tuple[str, ...]:
     prompts = f"{about['prompts']}, {about['templates']} templates" if "prompts" in about else "-"
     pixels = about["preprocessing"]
     seen = f"{pixels['resize']} to {pixels['size']} pixels, {pixels['interpolation']}; {about['precision']}"
-    return name, f"{about['n']:,}" + (" (not the whole set)" if about["subset_allowed"] else ""), prompts, about.get("template_hash", "-")[:12], about["data"][:12], seen
+    whole = about["rows_expected"] in (None, about["rows_found"])
+    return name, f"{about['n']:,}" + ("" if whole else f" (the whole set has {about['rows_expected']:,})"), prompts, about.get("template_hash", "-")[:12], about["data"][:12], seen
 
 
 def _limitations(facts: Facts) -> str:

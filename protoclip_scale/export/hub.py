@@ -75,8 +75,7 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     return True
 
 
-def _one_line(error: BaseException) -> str:
-    told = " ".join(str(error).split())
-    if error.__cause__ is not None and len(cause := " ".join(str(error.__cause__).split())) > 0:
-        told += f": {cause}"
-    return redact_text(told)[:300]
+def _one_line(error: Exception) -> str:
+    """With its cause, in which the status stands."""
+    told = (" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
+    return redact_text(": ".join(filter(None, told)))[:300]

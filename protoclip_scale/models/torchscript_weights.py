@@ -42,11 +42,11 @@ def is_torchscript(path: Path) -> bool:
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """{'visual.conv1.weight': tensor, ...}: parameters, buffers and other tensors that modules hold, as they were saved.
 
-    Raises pickle.UnpicklingError for any object that is neither a tensor nor a module, zipfile.BadZipFile and KeyError for archives that are not whole.
+    Raises pickle.UnpicklingError for any object that is neither a tensor nor a module and for compressed tensors; whatever zipfile and pickle raise for those that are not whole.
     """
     with zipfile.ZipFile(path) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(pickled) as file:
+        pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), "data.pkl")
+        with archive.open(_stored(archive, pickled)) as file:
             root = _Reader(file, archive, pickled.removesuffix("data.pkl")).load()
     return dict(_tensors(root, ""))
 
@@ -80,11 +80,19 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it holds a {kind}, which is no tensor")
         if key not in self._storages:
             member = f"{self._prefix}data/{key}"
-            if (found := self._archive.getinfo(member).file_size) != size * dtype.itemsize:
+            if (found := _stored(self._archive, member).file_size) != size * dtype.itemsize:
                 raise pickle.UnpicklingError(f"storage {key} has {found:,} bytes, not the {size * dtype.itemsize:,} of its tensors")
             untyped = torch.frombuffer(bytearray(self._archive.read(member)), dtype=torch.uint8).untyped_storage() if found else torch.UntypedStorage(0)
             self._storages[key] = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
         return self._storages[key]
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A member that is as large as it is in the file: torch compresses the program alone, and what is compressed can grow without limit."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"{name} is compressed, which torch does not do")
+    return member
 
 
 def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
