@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from protoclip_scale.models.image import ImageTower
 from protoclip_scale.objectives.filip import filip_loss
-from protoclip_scale.objectives.late_interaction import Tokens
+from protoclip_scale.objectives.shared.late_interaction import Tokens
 from protoclip_scale.recipe import load_recipe
 
 

@@ -10,7 +10,7 @@ from protoclip_scale.redact import redact_errors
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m protoclip_scale.classify", description="The most similar labels for pictures, with their share of the softmax and their cosine (of a model that is trained by tokens alone, their similarity by late interaction).")
+    parser = argparse.ArgumentParser(prog="python -m protoclip_scale.classify", description="The most similar labels for pictures, with their share of the softmax (of a model that SigLIP's loss trained, the probability of each alone) and their cosine (of one that is trained by tokens alone, their similarity by late interaction).")
     parser.add_argument("model", metavar="EXPORT", help="export of either layout, run directory, or transformers CLIP directory")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="image files")
     parser.add_argument("--classes", required=True, metavar="A,B,C|FILE", help="labels between commas, or a text file with one in each line")
@@ -39,17 +39,18 @@ def run(options: argparse.Namespace) -> None:
     from protoclip_scale.loading import load
 
     model = load(options.model)
+    bias = None
     prompts = [template.replace("{}", label) for label in labels for template in templates]
     if model.compared.embeddings:
         classes_CD = model.encode_text(prompts).view(len(labels), len(templates), -1).mean(1)
         classes_CD /= classes_CD.norm(dim=-1, keepdim=True)
-        scores, scale = model.encode_image(options.pictures) @ classes_CD.T, model.logit_scale
+        scores, scale, bias = model.encode_image(options.pictures) @ classes_CD.T, model.logit_scale, model.logit_bias
     else:  # tokens alone were trained
         similarities = model.late_interaction(model.encode_image_tokens(options.pictures), model.encode_text_tokens(prompts))
         scores, scale = similarities.view(len(similarities), len(labels), len(templates)).mean(2), model.token_scale
     for picture, row in zip(options.pictures, scores, strict=True):
         print(picture)
-        shares = (row * scale).softmax(0)
+        shares = (row * scale).softmax(0) if bias is None else (row * scale + bias).sigmoid()
         for place in row.argsort(descending=True, stable=True)[: options.top].tolist():
             print(f"  {shares[place]:6.1%}  {row[place]:+.3f}  {labels[place]}")
 

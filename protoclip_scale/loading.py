@@ -11,11 +11,12 @@ from protoclip_scale.data.decode import BadImage, decode_image, pixels_of
 from protoclip_scale.data.tokenizers import Tokens, tokenizer_for
 from protoclip_scale.data.transforms import eval_transform
 from protoclip_scale.errors import UserError
+from protoclip_scale.export.manifest import read_manifest
+from protoclip_scale.export.token_heads import load_with_tokens
 from protoclip_scale.models.build import is_export
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives.compared import Compared, compared_by
-from protoclip_scale.objectives.late_interaction import late_similarities, present
-from protoclip_scale.objectives.token_heads import load_with_tokens
+from protoclip_scale.objectives.shared.late_interaction import late_similarities, present
 from protoclip_scale.recipe import schema
 
 Picture = Image.Image | str | Path | bytes | torch.Tensor
@@ -24,8 +25,8 @@ Picture = Image.Image | str | Path | bytes | torch.Tensor
 class Encoder:
     """A model in evaluation mode with its preparation of pictures and texts. Embeddings are unit rows [n, embed_dim] in float32 on the CPU.
 
-    ``settings``: the recipe's ``model`` section; ``model``: the network; ``logit_scale``: what cosines are multiplied by for the softmax over labels. ``compared``: whether
-    its embeddings were trained, and its tokens; ``token_scale``: what ``late_interaction`` is multiplied by for the softmax over labels, None without tokens.
+    ``settings``: the recipe's ``model`` section; ``model``: the network; ``logit_scale``: what cosines are multiplied by for the softmax over labels; ``logit_bias``: None, or what is added then,
+    for a sigmoid of each label instead (SigLIP). ``compared``: whether its embeddings were trained, and its tokens; ``token_scale``: what ``late_interaction`` is multiplied by for the softmax over labels, None without tokens.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class Encoder:
         batch: int = 64,
         compared: Compared = Compared(),  # noqa: B008 (it is immutable)
         token_scale: float | None = None,
+        logit_bias: float | None = None,
     ):
         self.settings, self.batch, self.device = settings, batch, torch.device(device)
         self.compared, self.token_scale = compared, token_scale
         self.model = model.eval().to(self.device)
         self.tokenizer = tokenizer_for(settings.text)
-        with torch.no_grad():
-            self.logit_scale = model.logit_scale().item()
+        self.logit_scale, self.logit_bias = _number(model, compared.logits[0]), logit_bias
 
     def preprocess(self, picture: Picture) -> torch.Tensor:
         """uint8 [3, size, size] of a PIL image, a file or its bytes: upright, on white, shorter side resized, middle square, as evaluation sees it. The network
@@ -126,9 +127,17 @@ def load(folder: str | Path, checkpoint: str = "latest", weights: str | None = N
 
         saved = load_model(folder, checkpoint, weights)
         compared = compared_by(saved.recipe)
-        return Encoder(saved.recipe.model, saved.model, device, compared=compared, token_scale=saved.model.filip_scale_head().item() if compared.tokens else None)
+        token_scale = _number(saved.model, "filip_scale") if compared.tokens else None
+        bias = compared.logits[1]
+        return Encoder(saved.recipe.model, saved.model, device, compared=compared, token_scale=token_scale, logit_bias=_number(saved.model, bias) if bias else None)
     if not is_export(folder):
         what = "is neither an export nor a run directory" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}; name a folder that training, launch/export.py or tools/import_checkpoint.py wrote")
     settings, model, compared, token_scale = load_with_tokens(folder)
-    return Encoder(settings, model, device, compared=compared, token_scale=token_scale)
+    return Encoder(settings, model, device, compared=compared, token_scale=token_scale, logit_bias=(read_manifest(folder) or {}).get("logit_bias"))
+
+
+@torch.no_grad()
+def _number(model: DualEncoder, kind: str) -> float:
+    """Of a temperature or a bias."""
+    return getattr(model, model.heads[kind].part(kind) if kind in model.heads else kind)().item()

@@ -8,7 +8,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer, T5Config, T5TokenizerFast
 
 from protoclip_scale.data import clip_bpe
 from protoclip_scale.data.captions import choose_caption, clean_caption
@@ -49,6 +49,15 @@ def test_texts_that_need_no_mending_get_the_same_ids_as_by_open_clip(clip_tokeni
     expected = open_clip.tokenizer.SimpleTokenizer(context_length=32)(texts)
     assert torch.equal(clip_tokenizer(texts).ids, expected)
     assert 500 < sum(text.isascii() and text.isprintable() and "&" not in text for text in texts) < len(texts) - 300
+
+
+def test_tokens_that_are_no_text_are_known(clip_tokenizer, tmp_path):
+    """T5's tokenizer puts none before a text."""
+    T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁photo", -1.5)], extra_ids=0).save_pretrained(tmp_path)
+    T5Config(vocab_size=5).save_pretrained(tmp_path)
+    tokenizers = clip_tokenizer, tokenizer_for(schema.TextTower(name=MINILM, context_length=20)), tokenizer_for(schema.TextTower(name=str(tmp_path), context_length=8))
+    assert [each.added for each in tokenizers] == [(1, 1), (1, 1), (0, 1)]
+    assert [each([""]).lengths.item() for each in tokenizers] == [2, 2, 1] and tokenizers[2](["a photo"]).ids[0, :4].tolist() == [3, 4, 1, 0]
 
 
 def test_a_tokenizer_travels_as_its_settings_and_forgets_words_in_time(clip_tokenizer, monkeypatch):

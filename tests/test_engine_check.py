@@ -1,5 +1,6 @@
 """--check: the figures it prints are right, and it finds every problem at once."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -17,6 +18,7 @@ from protoclip_scale.objectives import build_objectives
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.store import FeatureStore
 from protoclip_scale.recipe import load_recipe
+from protoclip_scale.recipe.remarks import remarks_on
 from tests.support import RECIPES, TINY, TINY_PROTOTYPES
 
 
@@ -72,6 +74,28 @@ def test_a_table_whose_images_are_not_there_is_a_problem(capsys, tmp_path):
     found, shown = report(capsys, "demo_clip", *values)
     assert found == 1
     assert "32 of 32 sampled images cannot be used" in shown and "image_root" in shown and "is missing" in shown
+
+
+def test_what_few_would_mean_is_noted_and_what_ranks_cannot_do_is_a_problem(capsys):
+    changes = ("objectives={clip: {}, multiview: {variant: reference, masked_text: true}, filip: {dim: 8}}", "model.text.mask_token=true")
+    assert run_check(load_recipe(RECIPES / "demo_clip.yaml", (*TINY, *changes)), 2) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "problem objectives.filip.groups 1: the tokens of a group are chosen on one rank, and these are 2" in shown
+    assert "note objectives.multiview.masked_text true takes captions with hidden tokens, and no objectives.mlm guesses them" in shown
+    assert "note objectives.multiview.variant reference has the main pair of views, and objectives.clip has it, too" in shown
+    remarks = remarks_on(load_recipe(RECIPES / "demo_declip.yaml", ("objectives.multiview.variant=paper",)))
+    assert remarks == [*remarks_on(load_recipe(RECIPES / "demo_declip.yaml")), "objectives.multiview.variant paper leaves the main pair of views to objectives.clip, which has no weight, so it is in no loss"]
+
+
+def test_token_features_of_all_rows_are_counted_however_towers_are_cut():
+    """Twice, for their gradients."""
+    with_tokens = load_recipe(RECIPES / "demo_clip.yaml", (*TINY, "optim.microbatch=2", "objectives={clip: {}, filip: {dim: 8, keep: 1}}"))
+    cost = measure(with_tokens, build_objectives(with_tokens))
+    assert cost.in_parts == {"filip_image", "filip_text"}
+    found = shared_memory(cost, with_tokens, build_objectives(with_tokens), 2, "cpu")["activations (estimate)"]
+    without = dataclasses.replace(cost, in_parts=frozenset())
+    rows, numbers = with_tokens.data.plan.global_batch // 2, cost.sizes["filip_image"] + cost.sizes["filip_text"]
+    assert found - shared_memory(without, with_tokens, build_objectives(with_tokens), 2, "cpu")["activations (estimate)"] == 2 * 4 * rows * numbers
 
 
 def test_full_disk_is_a_problem(capsys, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ KINDS = {  # settings that change what is compiled or how it is called
     "micro-batches": ("optim.microbatch=16",),
     "checkpointing": ("model.image.grad_checkpointing=true", f"model.text={{width: 32, heads: 2, layers: 3, context_length: {CONTEXT}, grad_checkpointing: true}}"),
     "bf16": ("optim.precision=bf16",),
+    "stochastic depth": ("model.image.drop_path=0.5",),
 }
 
 
@@ -33,7 +34,7 @@ def gradients(trainer, inputs: tuple[torch.Tensor, ...], microbatch: int | None)
     """Of a loss that couples all local rows, averaged over ranks; and the features."""
     images, token_ids, lengths = inputs
     device = trainer.strategy.device
-    features = trainer.strategy(images.to(device), token_ids.to(device), lengths, wants=WANTS, microbatch=microbatch)
+    features = trainer.strategy(images.to(device), token_ids.to(device), lengths, wants=WANTS, microbatch=microbatch, row_keys=torch.arange(ROWS, device=device))
     loss = (features["logit_scale"] * features["image"] @ features["text"].T).logsumexp(1).mean()
     trainer.strategy.backward(loss)
     found = {name: gradient.detach().clone() for name, gradient in trainer.strategy.gradients()}

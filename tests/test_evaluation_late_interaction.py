@@ -16,7 +16,7 @@ from protoclip_scale.evaluation.late_interaction import (
 )
 from protoclip_scale.evaluation.retrieval import retrieval_figures
 from protoclip_scale.evaluation.zero_shot import zero_shot_figures
-from protoclip_scale.objectives.late_interaction import Tokens, late_similarities
+from protoclip_scale.objectives.shared.late_interaction import Tokens, late_similarities
 from tests.losses import unit_rows
 from tests.test_objectives_filip import IMAGES, TEXTS
 
@@ -87,7 +87,10 @@ def held_out(name, captions):
 
 def pairs_of(images, texts):
     """``Pairs`` of images with texts by name."""
-    return [Pairs(late_similarities(each, tokens), late_similarities(tokens, each).T, {text: number for number, text in enumerate(names)}) for each, (names, tokens) in zip(images, texts, strict=True)]
+    return [
+        Pairs(late_similarities(each, tokens), late_similarities(tokens, each).T, {text: number for number, text in enumerate(names)}, torch.arange(len(each.rows)))
+        for each, (names, tokens) in zip(images, texts, strict=True)
+    ]
 
 
 def figures_of(images, texts):

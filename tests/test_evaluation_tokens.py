@@ -3,30 +3,37 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip_scale.data.decode import decode_image
 from protoclip_scale.data.transforms import eval_transform
 from protoclip_scale.errors import UserError
+from protoclip_scale.evaluation.encoded import EncodedSet
 from protoclip_scale.evaluation.late_interaction import questions_of_classes, questions_of_texts
 from protoclip_scale.evaluation.pixels import Preprocessing
 from protoclip_scale.evaluation.provenance import provenance
 from protoclip_scale.evaluation.run import baseline, evaluate, evaluate_suite
 from protoclip_scale.evaluation.sets import cached_set
 from protoclip_scale.evaluation.suites import suite_of_recipe
+from protoclip_scale.evaluation.token_figures import _Work
 from protoclip_scale.evaluation.token_scores import TokenEncoder, late_scores
 from protoclip_scale.models.build import build_model
 from protoclip_scale.objectives import build_objectives, features_of, heads_of
 from protoclip_scale.objectives.compared import Compared, compared_by
+from protoclip_scale.objectives.shared.late_interaction import Tokens
 from protoclip_scale.recipe import load_recipe
 from protoclip_scale.recipe.schema import Evaluation
 from protoclip_scale.report.evaluation_table import evaluation_rows
 from tests.support import RECIPES, TINY, spawn
 from tests.test_evaluation_run import CPU, UNSEEN, VAL, rows_of, tokenizer
 
+KINDS = ("filip_image", "filip_text")
 FOUR_PLACES = (*TINY, "model.image.size=64", "objectives.filip.dim=16")  # of the image tower's map
 MASKED = "model.text.mask_token=true"
 SECTION = {"sets": [{**UNSEEN, "subset": 60}, {**VAL, "subset": 40}], "gallery": {"both": ["unseen", "val"]}, "probe_train": {**VAL, "name": "train"}, "knn": {}, "few_shot": {"shots": [2], "draws": 2}, "batch": 16}
@@ -144,6 +151,83 @@ def test_a_masked_caption_is_not_what_is_evaluated():
     recipe = recipe_with(MASKED, name="demo_defilip", section={"sets": [{**VAL, "subset": 12}]})
     assert "filip_text" not in features_of(build_objectives(recipe))
     assert "val/zero_shot_tokens/coarse/top1" in evaluate(model_of(recipe), recipe, tokenizer(), CPU)
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made inside the context held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.living = {key: each for key, each in self.living.items() if not each[0].expired()}
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.living[each.untyped_storage()._cdata] = StorageWeakRef(each.untyped_storage()), each.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.living.values()))
+        return result
+
+
+class OneToken(TokenEncoder):
+    """Of an image the vector of its number, of a text that of its length: nothing but the answers is large."""
+
+    def images(self, pixels):
+        return Tokens(self._row(pixels), torch.ones(len(pixels), 1, dtype=torch.bool))
+
+    def texts(self, texts):
+        return self._row(torch.tensor([len(text) for text in texts]))
+
+    def _row(self, numbers):
+        return torch.stack([numbers.cos(), numbers.sin()], -1)[:, None]
+
+
+def _answers_held(rank, world, folder, images=480, texts=800):
+    """The answers of captions in ranks that share them out, and for how many of these all that each rank held at once is enough."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    encoder = OneToken(torch.nn.Identity(), KINDS, None, 50, CPU)
+    with Held() as held:
+        answers = late_scores(encoder, lambda places: (torch.tensor(list(places)) * 0.1, None), images, [questions_of_texts(["x" * number for number in range(texts)])])
+    return held.peak / (images * texts * 8), answers[0]
+
+
+def test_no_more_is_held_than_the_answers():
+    expected = (torch.arange(480.0)[:, None] * 0.1 - torch.arange(800.0)).cos()
+    share, answers = _answers_held(0, 1, None)
+    assert share < 1.1 and max((each - expected).abs().max() for each in answers) < 1e-4
+
+
+def test_a_part_of_the_images_is_forgotten_before_the_next_one_is_encoded():
+    class ManyTokens(OneToken):
+        def images(self, pixels):
+            return Tokens(torch.ones(len(pixels), 64, 1).expand(-1, -1, 64) * pixels[:, None, None], torch.ones(len(pixels), 64, dtype=torch.bool))
+
+        def texts(self, texts):
+            return torch.ones(len(texts), 1, 64)
+
+    encoder, size = ManyTokens(torch.nn.Identity(), KINDS, None, 10, CPU), 64 * 64 * 4
+    with Held() as held:
+        late_scores(encoder, lambda places: (torch.tensor(list(places)) * 0.1, None), 480, [questions_of_texts(["a", "b"])], budget_bytes=240 * size)
+    assert held.peak < 300 * size  # those of 240 images, and some batches of 10 in work
+
+
+@pytest.mark.slow
+def test_rank_0_alone_holds_all_answers(tmp_path):
+    """Another rank has its share of the images, and each 50 of the 480 images' in one direction while they go to rank 0."""
+    (first, found), (second, nothing) = spawn(_answers_held, 2, str(tmp_path))
+    assert first < 1.15 and second < 0.65 and torch.equal(torch.stack(found), torch.stack(_answers_held(0, 1, None)[1])) and not nothing
+
+
+def test_figures_of_captions_copy_no_answers():
+    images, texts, captions = 400, [f"{number}" for number in range(3000)], [[f"{number}"] if number % 2 else [] for number in range(400)]
+    row = EncodedSet(SimpleNamespace(name="own"), torch.empty(images, 0), torch.empty(images, 0), torch.empty(images, 0), captions, {}, 0, list(range(images)))
+    work, asked = _Work(Evaluation.model_validate({"sets": [], "gallery": {}}), {"own": row}), [questions_of_texts(texts)]
+    answers = [[torch.rand(images, len(texts)), torch.rand(images, len(texts))]]
+    with Held() as held:
+        work.take("own", asked, answers)
+    assert held.peak < 0.3 * 8 * images * len(texts) and work.figures["own/retrieval_tokens/n"] == 200 and not work.pairs
 
 
 def _figures_in_worlds(rank, world, folder):

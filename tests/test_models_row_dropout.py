@@ -7,7 +7,9 @@ import timm
 import torch
 from torch import nn
 
+from protoclip_scale.engine.compilation import num_graphs
 from protoclip_scale.errors import UserError
+from protoclip_scale.models.blocks import blocks
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.image import ImageTower
 from protoclip_scale.models.row_dropout import Draws, RowDropout, key_by_row, of_view, row_keys
@@ -75,14 +77,50 @@ def test_everything_that_drops_is_keyed_or_refused():
     trunk = timm.create_model("test_vit", proj_drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.3)
     assert key_by_row(trunk, "test_vit") and not [each for each in trunk.modules() if isinstance(each, nn.Dropout) and each.p > 0]
     kinds = [(each.probability, each.whole_rows) for each in trunk.modules() if isinstance(each, RowDropout)]
-    assert {(round(probability, 3), whole_rows) for probability, whole_rows in kinds} >= {(0.2, False), (0.1, False), (0.3, True)} and len({each.number for each in trunk.modules() if isinstance(each, RowDropout)}) == len(kinds)
+    assert {(round(probability, 3), whole_rows) for probability, whole_rows in kinds} >= {(0.2, False), (0.1, False), (0.3, True)} and len({each.number.item() for each in trunk.modules() if isinstance(each, RowDropout)}) == len(kinds)
     assert not any(block.attn.fused_attn for block in trunk.blocks)
     with pytest.raises(UserError, match="its PatchDropout drops by chance"):
         key_by_row(timm.create_model("test_vit", patch_drop_rate=0.5), "test_vit")
     with pytest.raises(UserError, match=r"recomputed blocks .* use optim.microbatch"):
         ImageTower(schema.ImageTower(**TOWER, grad_checkpointing=True))
-    with pytest.raises(UserError, match="could not build vgg11"):
+    with pytest.raises(UserError, match=r"^model.image.drop_path 0.1 has no effect: vgg11 has no stochastic depth; remove it$"):
         ImageTower(schema.ImageTower(name="vgg11", drop_path=0.1))
+
+
+def compiled_graphs(drop_path: float) -> int:
+    """Of a transformer's six blocks, forward and backward, in three steps with keys of their own."""
+    torch._dynamo.reset()
+    before = num_graphs()
+    tower = ImageTower(schema.ImageTower(name="test_vit", size=160, drop_path=drop_path)).train()
+    for block in blocks(tower):
+        block.compile(backend="eager")
+    for step in range(3):
+        tower(torch.randn(2, 3, 160, 160), row_keys=row_keys(ROWS[:2], step)).pooled.sum().backward()
+    return num_graphs() - before
+
+
+def test_blocks_that_drop_share_a_compiled_graph():
+    """But for the first block, which never drops, and so is another computation."""
+    assert (compiled_graphs(0), compiled_graphs(0.5)) == (1, 2)
+
+
+def test_what_differs_from_block_to_block_is_in_no_checkpoint_and_survives_copies_and_casts():
+    tower, plain = ImageTower(schema.ImageTower(**TOWER)).train(), ImageTower(schema.ImageTower(name="test_vit", size=160))
+    assert tower.state_dict().keys() == plain.state_dict().keys()
+    own = next(each for each in tower.modules() if isinstance(each, RowDropout))
+    assert repr(own) == f"RowDropout(probability={own.probability}, whole_rows=True)" and own.probability == pytest.approx(0.1)
+    tower.draws.keys_B, values = row_keys(ROWS, 3), torch.ones(1000, 2)
+    expected = own(values)
+    assert 0 < (expected == 0).sum() < 400 and expected.max().item() == pytest.approx(1 / 0.9, rel=1e-6)
+    copied = copy.deepcopy(tower)
+    copied.draws.keys_B = row_keys(ROWS, 4)  # which the tower's own layers do not see
+    assert torch.equal(own(values), expected)
+    for cast in (copy.deepcopy(own).double, copy.deepcopy(own).half, copy.deepcopy(own).bfloat16):
+        assert torch.equal(cast()(values), expected)
+    assert own(values.double()).max().item() == 1 / (1 - own.probability) and torch.equal(own(values.bfloat16()), expected.bfloat16())
+    with torch.device("meta"):
+        shaped = ImageTower(schema.ImageTower(**TOWER)).train()
+        assert shaped(torch.zeros(2, 3, 160, 160), row_keys=torch.zeros(2, dtype=torch.int64)).pooled.shape == (2, 64)
 
 
 @pytest.mark.slow

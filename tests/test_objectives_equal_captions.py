@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from protoclip_scale.objectives import build_objectives, tiled
+from protoclip_scale.objectives import build_objectives
 from protoclip_scale.objectives.base import Targets
 from protoclip_scale.objectives.clip import clip_loss
-from protoclip_scale.objectives.equal import caption_keys
-from protoclip_scale.objectives.tiled import Keys
+from protoclip_scale.objectives.shared import tiled
+from protoclip_scale.objectives.shared.equal import caption_keys
+from protoclip_scale.objectives.shared.tiled import Keys
 from protoclip_scale.recipe import load_recipe
 from tests.losses import assert_law_1, difference, gradients, number, unit_rows
 from tests.support import RECIPES

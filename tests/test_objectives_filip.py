@@ -12,8 +12,8 @@ from protoclip_scale.models.heads import Widths
 from protoclip_scale.objectives import build_objectives, features_of, heads_of
 from protoclip_scale.objectives.base import Targets
 from protoclip_scale.objectives.filip import ImageTokens, TextTokens, filip_loss
-from protoclip_scale.objectives.late_interaction import Tokens, late_similarities
-from protoclip_scale.objectives.selection import highest_scores, keep_best, kept_tokens, own_scores
+from protoclip_scale.objectives.shared.late_interaction import Tokens, late_similarities
+from protoclip_scale.objectives.shared.selection import highest_scores, keep_best, kept_tokens, own_scores
 from protoclip_scale.recipe import load_recipe
 from tests.losses import angles, assert_law_1, difference, gradients, number, over_ranks, unit_rows
 from tests.support import RECIPES, TINY
@@ -64,7 +64,7 @@ def test_f5_scores_of_both_rules():
 
 
 def test_scores_equal_slow_twins(monkeypatch):
-    monkeypatch.setattr("protoclip_scale.objectives.selection.TILE_ELEMENTS", {"cpu": 100})
+    monkeypatch.setattr("protoclip_scale.objectives.shared.selection.TILE_ELEMENTS", {"cpu": 100})
     images = Tokens(unit_rows(5, 4, 6), torch.ones(5, 4, dtype=torch.bool))
     texts = Tokens(unit_rows(5, 3, 6, seed=1), torch.arange(3) < torch.tensor([3, 1, 2, 3, 1])[:, None])
     pairs = torch.einsum("btd,nkd->btnk", images.rows, texts.rows)
@@ -130,12 +130,14 @@ def test_law_1_with_a_selection(settings):
 
 
 def test_a_selection_over_what_each_rank_holds_would_break_law_1():
-    """The seeded break: as many groups as there are ranks. With one group more ranks than that are refused, with the numbers."""
+    """The seeded break: as many groups as there are ranks. With one group more ranks than one are refused, before anything is computed."""
     one, two = (of_module(objective(f"{{groups: {groups}, keep: 0.25}}")) for groups in (1, 2))
     whole = gradients(over_ranks(lambda *each: one(*each, num_ranks=1), 1), TOKENS)
     assert difference(gradients(over_ranks(lambda *each: two(*each, num_ranks=2), 2), TOKENS), whole) > 1e-3
-    with pytest.raises(UserError, match=r"objectives.filip.groups 1 make groups of 8 rows, but a rank holds 4: set it to a multiple of the 2 ranks"):
-        gradients(over_ranks(lambda *each: one(*each, num_ranks=2), 2), TOKENS)
+    with pytest.raises(UserError, match="objectives.filip.groups 1: the tokens of a group are chosen on one rank, and these are 2; set it to a multiple of 2"):
+        objective("{groups: 1, keep: 0.25}").check_ranks(2)
+    for settings, ranks in (("{groups: 4, keep: 0.25}", 2), ("{selection: reference, keep_tokens: 2}", 2), ("{keep: 1}", 2), ("{groups: 1, keep: 0.25}", 1)):
+        objective(settings).check_ranks(ranks)
 
 
 def test_f5_keeping_everything_equals_no_selection():
@@ -207,6 +209,18 @@ def test_g3_heads_are_beside_the_embeddings():
     assert {head.reads for head in made.heads().values()} == {("image_tokens",), ("text_tokens",), ()}
     assert all(isinstance(each.build(Widths(*[8] * len(Widths._fields)), made.recipe.model), nn.Module) for each in made.heads().values())
     assert not {"image", "text", "logit_scale"} & made.needs
+    recipe = load_recipe(RECIPES / "demo_clip.yaml", [*TINY, "objectives.filip={dim: 8}"])
+    objectives = build_objectives(recipe)
+    model = build_model(recipe, features_of(objectives), 0, heads=heads_of(objectives)).eval()
+    images, ids = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(1, 400, (4, 16))
+    with torch.no_grad():
+        before = model(images, ids, torch.full((4,), 16), wants=features_of(objectives))
+        for name, parameter in model.named_parameters():
+            if name.startswith("filip_"):
+                parameter.normal_()
+        after = model(images, ids, torch.full((4,), 16), wants=features_of(objectives))
+    changed = {name for name, rows in before.items() if not torch.equal(rows, after[name])}
+    assert changed == {"filip_image", "filip_text", "filip_scale"} and before.keys() - changed == {"image", "text", "logit_scale"}
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from protoclip_scale.objectives import late_interaction
-from protoclip_scale.objectives.late_interaction import Tokens, late_cross_entropy, late_similarities, present
+from protoclip_scale.objectives.shared import late_interaction
+from protoclip_scale.objectives.shared.late_interaction import Tokens, late_cross_entropy, late_similarities, present
 from tests.losses import difference, gradients, number, unit_rows
 from tests.test_prototypes_loss import Largest
 
@@ -91,6 +91,12 @@ def test_a_sample_without_tokens_is_similar_to_nothing():
     loss, *slopes = gradients(lambda *each: late_cross_entropy(Tokens(each[0], query_mask), Tokens(each[1], key_mask), each[2], PARTNERS), TENSORS)
     assert loss.isfinite() and all(each.isfinite().all() for each in slopes)
     assert not slopes[0][1].any() and not slopes[1][3].any()
+
+
+def test_no_samples_on_either_side():
+    tokens, none = present(TENSORS[0]), present(TENSORS[0][:0])
+    for queries, keys in ((tokens, none), (none, tokens), (none, none)):
+        assert late_similarities(queries, keys).shape == (len(queries.rows), len(keys.rows))
 
 
 def test_zero_rows_stand_for_no_token():

@@ -1,5 +1,7 @@
 """Masked language modelling: the head against a slow twin, the count over the whole batch, and what the text tower sees (methods 3.2, D6)."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,14 +65,30 @@ def test_rows_and_gradients_are_those_of_the_slow_twin(causal, microbatch):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def assert_law_1(coupled: Callable[..., torch.Tensor]) -> None:
+    """The mean over two ranks, with other numbers of selected tokens, is the mean over the selected tokens of the whole batch."""
+    _, _, labels = masked()
+    counts, sums = (labels != IGNORED).sum(1), torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parts = torch.arange(ROWS).chunk(2)
+    assert len({int(counts[part].sum()) for part in parts}) == 2
+    gathered, expected = {"selected@masked": counts}, (sums.sum() / counts.sum()).item()
+    for ranks in ([torch.arange(ROWS)], parts):
+        losses = [coupled({"mlm@masked": sums[part], "selected@masked": counts[part]}, gathered, Targets(part, num_columns=ROWS)).item() for part in ranks]
+        assert sum(losses) / len(losses) == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_mean_is_over_the_selected_tokens_of_the_whole_batch():
-    objective, (_, _, labels) = build_objectives(recipe())["mlm"], masked()
-    counts, sums = (labels != IGNORED).sum(1), torch.rand(ROWS, dtype=torch.float64)
-    gathered = {"selected@masked": counts}
-    whole = objective.coupled({"mlm@masked": sums}, gathered, Targets(torch.arange(ROWS), num_columns=ROWS))
-    assert whole.item() == pytest.approx((sums.sum() / counts.sum()).item())
-    halves = [objective.coupled({"mlm@masked": half}, gathered, Targets(torch.arange(ROWS // 2), num_columns=ROWS)).item() for half in sums.split(ROWS // 2)]
-    assert sum(halves) / 2 == pytest.approx(whole.item())
+    assert_law_1(build_objectives(recipe())["mlm"].coupled)
+
+
+def test_a_mean_over_what_a_rank_has_selected_fails_law_1():
+    """The seeded break: the published code divides by the count of the local batch."""
+
+    def local_mean(features, gathered, targets):
+        return features["mlm@masked"].sum() / features["selected@masked"].sum().clamp(min=1)
+
+    with pytest.raises(AssertionError):
+        assert_law_1(local_mean)
 
 
 def test_nothing_selected_is_a_loss_of_zero_with_a_gradient_of_zero():

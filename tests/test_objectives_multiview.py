@@ -72,3 +72,9 @@ def test_module_asks_for_its_views(settings, text, masked, expected):
     rows = {"image": U1, "image@second": U2, text: T1, "text@eda": T2}
     assert objective.needs == rows.keys() | {"logit_scale"} and set(objective.gathers) == rows.keys()
     assert objective.coupled(rows | {"logit_scale": SCALE}, rows, Targets(ROWS)).item() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(("variant", "pairs"), [("paper", 3), ("reference", 4)])
+def test_products_are_those_of_the_pairs(variant, pairs):
+    objective = build_objectives(load_recipe(RECIPES / "demo_clip.yaml", [f"objectives={{clip: {{}}, multiview: {{variant: {variant}}}}}"]))["multiview"]
+    assert objective.loss_products(100, {"image": 8, "text": 8}) == pairs * 2 * 100 * 8

@@ -5,11 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from protoclip_scale.errors import UserError
-from protoclip_scale.objectives import build_objectives, feature_queue
+from protoclip_scale.objectives import build_objectives
 from protoclip_scale.objectives.base import Targets
-from protoclip_scale.objectives.feature_queue import nearest, push
 from protoclip_scale.objectives.neighbour import neighbour_loss
-from protoclip_scale.objectives.tiled import Keys
+from protoclip_scale.objectives.shared import feature_queue
+from protoclip_scale.objectives.shared.feature_queue import nearest, push
+from protoclip_scale.objectives.shared.tiled import Keys
 from protoclip_scale.recipe import load_recipe
 from tests.losses import angles, assert_law_1, difference, gradients, number, over_ranks, unit_rows
 from tests.support import RECIPES
@@ -60,6 +61,17 @@ def test_d5_gradient_reaches_images_and_scale_alone():
     tensors = U1, U2, QUEUE[[0, 1]], QUEUE[[0, 2]], SCALE
     _, *slopes = gradients(lambda *each: neighbour_loss([*each[:2]], [*each[2:4]], each[4], ROWS), tensors)
     assert [bool(each.any()) for each in slopes] == [True, True, False, False, True]
+
+
+def test_d5_what_is_gathered_of_the_queue_is_constant():
+    """Also where texts and images have a gradient."""
+    made = objective("{size: 20, start: random}")
+    rows = {name: each.requires_grad_() for name, each in features(0).items()}
+    derived = made.derived(rows, Targets(torch.arange(8), num_columns=8))
+    assert derived.keys() == {f"neighbour_{what}_{number}" for what in ("rows", "places") for number in range(2)}
+    assert not any(each.requires_grad for each in (*derived.values(), *made.state().values()))
+    step(made, rows, 1)
+    assert not any(each.requires_grad for each in made.state().values())
 
 
 def test_d5_a_queue_of_the_texts_themselves_gives_clips_image_half():

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from protoclip_scale.models.heads import Widths
-from protoclip_scale.objectives import build_objectives, tiled
+from protoclip_scale.objectives import build_objectives
 from protoclip_scale.objectives.base import Targets
+from protoclip_scale.objectives.shared import tiled
 from protoclip_scale.objectives.siglip import siglip_loss
 from protoclip_scale.recipe import load_recipe
 from tests.losses import assert_law_1, difference, gradients, number, unit_rows

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from protoclip_scale.objectives import tiled
-from protoclip_scale.objectives.tiled import tile_rows, tiled_cross_entropy
+from protoclip_scale.objectives.shared import tiled
+from protoclip_scale.objectives.shared.tiled import tile_rows, tiled_cross_entropy
 from tests.test_prototypes_loss import Largest
 
 ROWS, COLUMNS, WIDTH = 37, 111, 16

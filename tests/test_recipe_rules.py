@@ -51,6 +51,21 @@ CASES = {
     ),
     "no length": (["schedule.total=0 episodes"], ["schedule.total '0 episodes'", "make it longer"], ["schedule.total=5 episodes"]),
     "short epoch": (["data.plan.epoch_rows=50"], ["data.plan.episode_size 64", "data.plan.epoch_rows 50"], ["data.plan.epoch_rows=64"]),
+    "neighbours of texts that nothing trains": (
+        ["objectives={neighbour: {}, prototype: {}, simsiam: {}}"],
+        ["objectives.neighbour", "add objectives.clip or objectives.multiview"],
+        ["objectives.clip={}"],
+    ),
+    "norm groups of a head": (
+        ["objectives.simsiam={norm_groups: 3}"],
+        ["objectives.simsiam.norm_groups 3", "data.plan.lanes 8"],
+        ["objectives.simsiam={norm_groups: 4}"],
+    ),
+    "a temperature of its own": (
+        ["objectives.siglip={logit_scale: {minimum: 3}}"],
+        ["objectives.siglip.logit_scale.init 2.303 lies outside", "objectives.siglip.logit_scale.minimum 3"],
+        ["objectives.siglip={logit_scale: {minimum: 3, init: 3}}"],
+    ),
     "norm groups": (["model.norm_groups=3"], ["model.norm_groups 3", "data.plan.lanes 8", "one of 1, 2, 4, 8"], ["model.norm_groups=4"]),
     "batch of lanes": (["data.plan.global_batch=20"], ["data.plan.global_batch 20", "data.plan.lanes 8", "use 16"], ["data.plan.global_batch=16"]),
     "episode of a batch": (["data.plan.episode_size=8"], ["data.plan.episode_size 8", "data.plan.global_batch 16"], ["data.plan.episode_size=16"]),

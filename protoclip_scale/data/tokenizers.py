@@ -31,10 +31,11 @@ def _pad(token_lists: list[list[int]], context_length: int, pad_id: int) -> Toke
 
 
 class _Ids:
-    """What every tokenizer knows of its ids: vocab_size, and special_ids, those that stand for no text."""
+    """What every tokenizer knows of its ids: vocab_size; special_ids, those that stand for no text; added, how many of them it puts before and behind a text."""
 
     vocab_size: int
     special_ids: list[int]
+    added: tuple[int, int]
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
@@ -49,6 +50,7 @@ class ClipTokenizer(_Ids):
     """
 
     pad_id = 0
+    added = (1, 1)
     modules = ("protoclip_scale.data.clip_bpe",)  # what a process that unpickles this imports
 
     def __init__(self, context_length: int, mask: bool = False):
@@ -139,6 +141,11 @@ class EncoderTokenizer(_Ids):
         self.pad_id, self.mask_id = self._tokenizer.pad_token_id, self._tokenizer.mask_token_id
         self.special_ids = sorted(self._tokenizer.all_special_ids)
 
+    @cached_property
+    def added(self) -> tuple[int, int]:
+        special = self._tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        return special.index(0), special[::-1].index(0)
+
     def __call__(self, texts: list[str]) -> Tokens:
         encoded = self._tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"] if texts else []
         return _pad(encoded, self.context_length, self.pad_id)
@@ -158,7 +165,7 @@ class EncoderTokenizer(_Ids):
 
 
 def tokenizer_for(text: schema.TextTower, mask: bool = False) -> ClipTokenizer | EncoderTokenizer:
-    """The tokenizer of a text tower: callable on list[str] -> Tokens, with num_tokens, context_length, vocab_size, pad_id, mask_id, special_ids, ordinary_ids, decode and save(folder).
+    """The tokenizer of a text tower: callable on list[str] -> Tokens, with num_tokens, context_length, vocab_size, pad_id, mask_id, special_ids, added, ordinary_ids, decode and save(folder).
 
     ``mask``: texts will be masked, whatever ``text.mask_token`` says, so a mask token is needed; CLIP's vocabulary then has one token more.
     """

@@ -25,12 +25,13 @@ from protoclip_scale.engine.trainer import Trainer
 from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.evaluation.run import baseline
 from protoclip_scale.export.facts import Checkpoint, extras_of_run
+from protoclip_scale.export.logits import logits_of
 from protoclip_scale.export.source import source_of_model
+from protoclip_scale.export.token_heads import token_heads_of
 from protoclip_scale.export.writing import check_layout, export
 from protoclip_scale.files import publish_json
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import build_objectives
-from protoclip_scale.objectives.token_heads import token_heads_of
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe
 
@@ -117,7 +118,7 @@ def _finish_copies(run: RunContext, machine: EpisodeMachine, seconds: float | No
 def _export(model: DualEncoder, recipe: Recipe, folder: Path, run_dir: Path, point: Checkpoint) -> None:
     """Replace the run's export by one of these weights."""
     shutil.rmtree(folder, ignore_errors=True)
-    export(source_of_model(model, recipe.model, token_heads_of(recipe)), folder.name, folder, extras=extras_of_run(run_dir, recipe, point))
+    export(source_of_model(model, recipe.model, logits_of(recipe), token_heads_of(recipe)), folder.name, folder, extras=extras_of_run(run_dir, recipe, point))
 
 
 def _peak_memory_gb() -> float:

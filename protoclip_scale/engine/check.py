@@ -39,10 +39,11 @@ from protoclip_scale.export.writing import LAYOUTS, try_layout
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.parts import parameters_of
-from protoclip_scale.objectives import build_objectives, features_of, heads_of, used, views_of
+from protoclip_scale.objectives import build_objectives, check_ranks, features_of, heads_of, used, views_of
 from protoclip_scale.prototypes import recording
 from protoclip_scale.prototypes.teacher import open_teacher
 from protoclip_scale.recipe import Recipe, dump
+from protoclip_scale.recipe.remarks import remarks_on
 from protoclip_scale.redact import redact_text
 
 IMAGES_LOOKED_AT = 32  # of each source
@@ -145,6 +146,7 @@ class Check:
         """Parameters, FLOPs, memory, and bytes of features."""
         recipe = self.recipe
         objectives = used(build_objectives(recipe))
+        self.attempt(lambda: check_ranks(objectives, self.world))
         self.attempt(lambda: views_of(objectives))
         model = self.attempt(lambda: build_model(recipe, features_of(objectives), recipe.run.seed, fresh=False, heads=heads_of(objectives)))
         if model:
@@ -242,8 +244,7 @@ class Check:
     def remark(self) -> None:
         """What is allowed but worth knowing, and what this machine lacks."""
         recipe = self.recipe
-        if recipe.variant == "reference" or (recipe.episodes.lit and recipe.episodes.lit.variant == "reference"):
-            self.remarks.append("variant reference repeats a deviation of the published code; batches and gradients may depend on the number of ranks")
+        self.remarks += remarks_on(recipe)
         if recipe.optim.precision == "fp16" and not torch.cuda.is_available():
             self.remarks.append("optim.precision fp16 needs a GPU, and this machine shows none; bf16 and fp32 train on a CPU")
         if recipe.prototypes and recipe.prototypes.engine == "faiss" and importlib.util.find_spec("faiss") is None:

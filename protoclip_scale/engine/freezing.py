@@ -5,7 +5,7 @@ from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.parts import parameters_of
 from protoclip_scale.objectives import Objective
 from protoclip_scale.objectives.base import is_locked
-from protoclip_scale.objectives.inputs import is_input
+from protoclip_scale.objectives.shared.inputs import is_input
 from protoclip_scale.recipe.schema import Recipe
 
 IMAGE_SIDE = ("image_tower.", "image_projection.")

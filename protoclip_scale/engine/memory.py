@@ -13,7 +13,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.models.features import parse
 from protoclip_scale.models.microbatches import num_microbatches
 from protoclip_scale.objectives import Objective, used, views_of
-from protoclip_scale.objectives.tiled import tile_rows
+from protoclip_scale.objectives.shared.tiled import tile_rows
 from protoclip_scale.prototypes.loss import tile_elements
 from protoclip_scale.recipe import Recipe
 
@@ -93,6 +93,8 @@ def _activations(cost: ModelCost, recipe: Recipe, local_rows: int) -> dict[str, 
     towers = rows * (max(per_row.values()) if cut else sum(passes[f"{side}_tower"] * each for side, each in per_row.items()))
     half = recipe.optim.precision != "fp32"
     outputs = local_rows * (sum(passes[part] * each for part, each in cost.heads.items()) + DIRECTIONS * FLOAT_BYTES * recipe.model.embed_dim)
+    tokens = sum(cost.sizes[feature.kind] for feature in map(parse, cost.wants) if feature.kind in cost.in_parts)  # for all rows, and their gradients
+    outputs += 2 * local_rows * FLOAT_BYTES * tokens
     memory = {"activations (estimate)": round(towers * (HALF_SHARE if half else 1)) + outputs}
     if half:  # autocast's copies of weights live until the backward pass has used them
         memory["weights in half precision"] = HALF_BYTES * (max(cost.blocks, default=0) if all(recomputed.values()) else cost.products)

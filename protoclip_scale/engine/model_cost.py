@@ -51,7 +51,7 @@ class ModelCost:
 
     ``trained``: parameters that train in some episode; ``by_sgd``: those of them that SGD steps on. ``blocks``: parameters of each repeated block. ``flops``: of one pass. ``towers``: activations of a pass by side, those of heads inside
     micro-batches with them; ``heads``: bytes that one row keeps, of each part, in projections and heads, which see all rows of a view at once. ``products``: weights that autocast copies in half precision.
-    ``sizes``: numbers that a row has of each kind of feature. ``users``: see ``DualEncoder.users``. ``wants``: all features of all objectives.
+    ``sizes``: numbers that a row has of each kind of feature; ``in_parts``: those kinds that heads inside micro-batches give. ``users``: see ``DualEncoder.users``. ``wants``: all features of all objectives.
     """
 
     parameters: dict[str, int]
@@ -64,6 +64,7 @@ class ModelCost:
     towers: dict[str, Activations]
     heads: dict[str, int]
     sizes: dict[str, int]
+    in_parts: frozenset[str]
     users: dict[str, frozenset[str]]
     wants: frozenset[str]
 
@@ -175,6 +176,7 @@ def measure(recipe: Recipe, objectives: dict[str, Objective]) -> ModelCost:
         towers={side: Activations(each.whole + in_parts[side], each.checkpointed + in_parts[side]) for side, each in of_side.items()},
         heads=kept,
         sizes=dict.fromkeys(SIDES, model.embed_dim) | {kind: counted.output.numel() // PROBE_ROWS for kind, counted in heads[longest].items()},
+        in_parts=frozenset(kind for kind in heads[longest] if model.heads[kind].in_parts),
         users=model.users,
         wants=features_wanted(used(objectives)),
     )

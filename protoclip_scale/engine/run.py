@@ -36,7 +36,7 @@ from protoclip_scale.engine.trace import RowTrace
 from protoclip_scale.engine.watch import begin as begin_watch
 from protoclip_scale.errors import Stopped, UserError
 from protoclip_scale.files import publish_json
-from protoclip_scale.objectives import build_objectives, views_of
+from protoclip_scale.objectives import build_objectives, check_ranks, views_of
 from protoclip_scale.recipe import Recipe
 from protoclip_scale.recipe.changes import against_base
 from protoclip_scale.report.console import Console, make_console
@@ -51,6 +51,7 @@ def pretrain(recipe: Recipe, folder: Path, options: argparse.Namespace) -> int:
     if options.expect_ranks and options.expect_ranks != collectives.world_size():
         raise UserError(f"--expect-ranks {options.expect_ranks}, but {collectives.world_size()} ranks run; check the launch line (docs/launching.md)")
     check_lanes(recipe.data.plan.lanes, collectives.world_size())
+    check_ranks(build_objectives(recipe), collectives.world_size())
     watch = begin_watch(recipe.run)
     ending = Ending(folder, watch)
     try:

@@ -8,11 +8,12 @@ import torch
 
 from protoclip_scale.engine.checkpoint import Reader, Weights, list_checkpoints, open_weights, prototypes_folder, prototypes_manifest
 from protoclip_scale.errors import UserError
+from protoclip_scale.export.logits import logits_of
 from protoclip_scale.export.source import Embeddings, Probe, Source, embeddings_of, round_weights, structure_of
+from protoclip_scale.export.token_heads import token_heads_of
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.objectives import build_objectives, features_of, heads_of
-from protoclip_scale.objectives.token_heads import token_heads_of
 from protoclip_scale.recipe import Recipe, load_recipe
 
 CENTROIDS = "prototypes/centroids/"
@@ -52,7 +53,7 @@ def source_of_run(recipe: Recipe, weights: Weights) -> Source:
         round_weights(model, dtype)
         return embeddings_of(model, probe)
 
-    return Source(recipe.model, structure_of(recipe.model), weights.read, embed, token_heads_of(recipe))
+    return Source(recipe.model, structure_of(recipe.model), weights.read, embed, logits_of(recipe), token_heads_of(recipe))
 
 
 def prototypes_of(weights: Weights) -> dict[str, torch.Tensor]:

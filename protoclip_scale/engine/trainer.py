@@ -23,13 +23,14 @@ from protoclip_scale.engine.optimizer import parameter_groups
 from protoclip_scale.engine.schedules import Schedule
 from protoclip_scale.engine.strategy import Strategy, Update
 from protoclip_scale.errors import UserError
+from protoclip_scale.export.token_heads import heads_beside
 from protoclip_scale.models.build import build_model
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.features import Feature, parse
 from protoclip_scale.models.passes import views_needed
 from protoclip_scale.models.row_dropout import row_keys
 from protoclip_scale.objectives import Objective, Targets, features_of, heads_of
-from protoclip_scale.objectives.inputs import INPUT_FEATURES, is_input
+from protoclip_scale.objectives.shared.inputs import INPUT_FEATURES, is_input
 from protoclip_scale.prototypes.episode import EpisodePrototypes
 from protoclip_scale.recipe.schema import Recipe
 
@@ -67,7 +68,7 @@ class Trainer:
         """Make the model and optimiser for an episode and wrap them; with a checkpoint's ``reader`` they continue from there."""
         self.average = None  # it holds the model's memory
         self.strategy.release()
-        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=reader is None, read_run=weights_of_run, heads=self.heads)
+        model = build_model(self.recipe, self.features, self.recipe.run.seed, fresh=reader is None, read_run=weights_of_run, heads=self.heads, read_heads=heads_beside)
         if self.strategy.whole:  # otherwise it goes there in parts: whole it may not fit
             model = model.to(self.strategy.device)
         if reader:

@@ -95,7 +95,7 @@ def train_episode(
             figures |= {f"scale/{name.removesuffix('_scale')}": value.item() for name, value in loss.features.items() if name.endswith("_scale")}
             samples = step * recipe.data.plan.global_batch
             run.log.metrics("train", step=step, samples=samples, episode=episode, **figures)
-            run.learning.look(step, samples, figures.get("loss/clip"))
+            run.learning.look(step, samples, {name: figures[f"loss/{name}"] for name in loss.terms if trainer.objectives[name].finds_partners})
             run.console.step(figures | {"step": step, "total_steps": total, "eta_seconds": (total - step) * elapsed / window_steps})
             window_start, window_steps = time.perf_counter(), 0
             waits.clear()
@@ -103,6 +103,7 @@ def train_episode(
         run.console.advance(batch.step + 1)
         event("train.step")
         profiler.at(step)
+        del loss  # or its features would stand beside the next step's
         yield step
         if step == total:
             return

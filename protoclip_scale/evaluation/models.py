@@ -14,10 +14,10 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.evaluation.others import open_clip_model, preprocessing_of_open_clip, transformers_model
 from protoclip_scale.evaluation.pixels import Preprocessing, own_preprocessing
 from protoclip_scale.evaluation.suites import Suite, suite_of_recipe
+from protoclip_scale.export.token_heads import FILE as TOKEN_HEADS
+from protoclip_scale.export.token_heads import load_with_tokens
 from protoclip_scale.models.transformers_folder import form_of
 from protoclip_scale.objectives.compared import Compared, compared_by
-from protoclip_scale.objectives.token_heads import FILE as TOKEN_HEADS
-from protoclip_scale.objectives.token_heads import load_with_tokens
 
 OPEN_CLIP, HUB = "open_clip:", "hf:"
 KINDS = f"a run directory, an export, {OPEN_CLIP}NAME[:PRETRAINED], a folder of transformers with a CLIP in it, or {HUB}ORG/NAME"

@@ -25,15 +25,21 @@ Pixels = Callable[[range], tuple[torch.Tensor, torch.Tensor]]
 def token_figures(settings: Evaluation, sets: dict[str, EncodedSet], pixels_of: Callable[[str], tuple[Pixels, int]], encoder: TokenEncoder) -> dict[str, float]:
     """``SET/zero_shot_tokens/COLUMN/...``, ``SET/retrieval_tokens/...`` and ``GALLERY/SET/retrieval_tokens/...``, with the same figures as without ``_tokens``; a collective.
 
-    ``pixels_of`` a set gives what reads its images, and how many there are. Cost: see ``late_scores``; a set's similarities are kept until its galleries are done.
+    ``pixels_of`` a set gives what reads its images, and how many there are. Cost: see ``late_scores``; rank 0 keeps a set's similarities with captions until its galleries are
+    done, and takes up to three times the memory of those with the classes of a column to make its figures.
     """
     work = _Work(settings, sets)
     for name in sets:
         asked = work.questions(name)
         if asked:
-            answers = late_scores(encoder, *pixels_of(name), asked)
-            collectives.from_rank_zero_patiently(lambda name=name, asked=asked, answers=answers: work.take(name, asked, answers), encoder.meanwhile)
+            _of_set(work, name, asked, pixels_of(name), encoder)
     return collectives.from_rank_zero(lambda: work.figures)
+
+
+def _of_set(work: "_Work", name: str, asked: list[Questions], pixels: tuple[Pixels, int], encoder: TokenEncoder) -> None:
+    """A function, so that the answers are gone before those of the next set come."""
+    answers = late_scores(encoder, *pixels, asked)
+    collectives.from_rank_zero_patiently(lambda: work.take(name, asked, answers), encoder.meanwhile)
 
 
 class _Work:
@@ -65,12 +71,13 @@ class _Work:
         """A set's answers: its figures, and those of galleries that waited for it."""
         held_out, columns = self.sets[name], self._columns(name)
         for (column, names), (scores,) in zip(columns.items(), answers, strict=False):
-            found = late_zero_shot_figures(scores[held_out.places], targets_of(held_out.classes[column], names), held_out.settings.chosen_metric)
+            targets = torch.full((len(scores),), -1)
+            targets[held_out.places] = targets_of(held_out.classes[column], names)
+            found = late_zero_shot_figures(scores, targets, held_out.settings.chosen_metric)
             self.figures |= {f"{name}/zero_shot{TOKENS}/{column}/{key}": value for key, value in found.items()}
         if name not in self.captioned:
             return
-        places, texts = self.captioned[name].places, asked[-1].texts
-        self.pairs[name] = Pairs(*(each[places] for each in answers[-1]), {text: number for number, text in enumerate(texts)})
+        self.pairs[name] = Pairs(*answers[-1], {text: number for number, text in enumerate(asked[-1].texts)}, torch.tensor(self.captioned[name].places))
         for place, (pooled, asking) in list(self.waiting.items()):
             if all(each.settings.name in self.pairs for each in pooled):
                 found = late_retrieval_figures(pooled, asking, self.pairs)

@@ -9,7 +9,7 @@ from protoclip_scale import collectives, standing
 from protoclip_scale.evaluation.encode import batch_starts, evaluating, nothing
 from protoclip_scale.evaluation.late_interaction import Questions, add_similarities
 from protoclip_scale.models.dual_encoder import DualEncoder
-from protoclip_scale.objectives.late_interaction import Tokens, present
+from protoclip_scale.objectives.shared.late_interaction import Tokens, present
 
 BUDGET_BYTES = 1 << 30  # of image tokens that a rank holds at once
 
@@ -43,27 +43,48 @@ def late_scores(
     ``pixels``: see ``encode_images``. Images and texts are cut into batches as in ``encode_sharded``, each pair of batches is compared by one rank, and no figure depends on W.
 
     Memory: a rank holds tokens of as many of its image batches as go into ``budget_bytes`` (one at least), and of W batches of texts at once, cut to the longest;
-    rank 0 the answers besides, 8 bytes for each pair of an image and a text of retrieval, 4 for each of an image and a class. Texts are encoded again for each such part of
-    the images. Cost: a pass over the images, one over the texts for each part, and 2 T_image T_text D operations for each pair and direction, shared out over ranks.
+    rank 0 the answers besides, 8 bytes for each pair of an image and a text of retrieval, 4 for each of an image and a class; another rank its own images' share of one of
+    ``asked``'s, and while they go to rank 0 each has those of a batch. Texts are encoded again for each such part of the images. Cost: a pass over the images, one over the
+    texts for each part, and 2 T_image T_text D operations for each pair and direction, shared out over ranks.
     """
-    starts, answers = batch_starts(num_images, encoder.batch), [_blank(num_images, each) if collectives.rank() == 0 else [] for each in asked]
+    starts, on_zero = batch_starts(num_images, encoder.batch), collectives.rank() == 0
+    answers = [[torch.zeros(num_images, each.num_columns) for _ in range(1 + each.both)] if on_zero else [] for each in asked]
     with evaluating(encoder.model, encoder.device, encoder.precision):
         for part in _parts(encoder, pixels, starts, num_images, budget_bytes):
             for questions, whole in zip(asked, answers, strict=True):
-                own = [_blank(len(images.rows), questions) for _, images in part]
-                for texts, places in _text_tiles(encoder, questions.texts):
-                    for (_, images), found in zip(part, own, strict=True):
-                        add_similarities(found, images, texts, questions.columns[places], questions.shares[places])
-                for (first, _), found in zip(part, own, strict=True):
-                    for direction, each in enumerate(found):
-                        gathered = collectives.all_gather(each.to(encoder.device)).cpu().split(len(each))
-                        for start, rows in zip(starts[first:], gathered, strict=False) if whole else ():
-                            whole[direction][start : start + len(rows)] = rows
+                _compare(encoder, part, questions, whole, starts)
+            part.clear()  # before the next one is encoded
     return answers
 
 
-def _blank(num_rows: int, questions: Questions) -> list[torch.Tensor]:
-    return [torch.zeros(num_rows, questions.num_columns) for _ in range(1 + questions.both)]
+def _compare(encoder: TokenEncoder, part: list[tuple[int, Tokens]], questions: Questions, whole: list[torch.Tensor], starts: list[int]) -> None:
+    own = [_own_rows(questions, whole, starts[first], first * encoder.batch, len(images.rows)) for first, images in part]
+    for texts, places in _text_tiles(encoder, questions.texts):
+        for (_, images), found in zip(part, own, strict=True):
+            add_similarities(found, images, texts, questions.columns[places], questions.shares[places])
+    if collectives.world_size() > 1:
+        for (first, _), found in zip(part, own, strict=True):
+            for direction, rows in enumerate(found):
+                _to_rank_zero(encoder, rows, whole[direction] if whole else None, starts, first)
+
+
+def _own_rows(questions: Questions, whole: list[torch.Tensor], start: int, begin: int, num_rows: int) -> list[torch.Tensor]:
+    """Where the answers of a rank's batch of images are summed up: on rank 0 in their place, without the rows that came before ``begin``."""
+    return [each[begin : start + num_rows] for each in whole] or [torch.zeros(num_rows, questions.num_columns) for _ in range(1 + questions.both)]
+
+
+def _to_rank_zero(encoder: TokenEncoder, rows: torch.Tensor, whole: torch.Tensor | None, starts: list[int], first: int) -> None:
+    """All ranks' answers of a round into the ``whole`` of rank 0, as many rows at a time as make one batch together."""
+    if whole is not None:  # its own stand there, which are as many as the others' with those of the batch before
+        rows = whole[starts[first] : starts[first] + encoder.batch]
+    step = -(-len(rows) // collectives.world_size())
+    for begin in range(0, len(rows), step):
+        sent = rows[begin : begin + step].to(encoder.device)
+        gathered = collectives.all_gather(sent).split(len(sent))
+        for number in range(first, min(first + len(gathered), len(starts))) if whole is not None else ():
+            place, fresh = starts[number] + begin, number * encoder.batch
+            got = gathered[number - first][max(0, fresh - place) :]
+            whole[max(fresh, place) : max(fresh, place) + len(got)] = got.cpu()
 
 
 def _parts(encoder: TokenEncoder, pixels: Callable, starts: list[int], num_images: int, budget_bytes: int) -> Iterator[list[tuple[int, Tokens]]]:

@@ -56,8 +56,8 @@ def write_card(facts: Facts, layout: str, folder: Path) -> str:
 def _front_matter(facts: Facts, layout: str) -> dict[str, Any]:
     front = {
         "license": facts.license,
-        "library_name": layout,
-        "pipeline_tag": "zero-shot-image-classification",
+        # without embeddings, other libraries' pipelines and the Hub's widgets would show what means nothing
+        **({"library_name": layout, "pipeline_tag": "zero-shot-image-classification"} if facts.compared.embeddings else {"library_name": "protoclip-scale"}),
         "tags": ["clip", *(name for name in facts.objectives if name != "clip"), "protoclip-scale", facts.settings.image.name],
     }
     hub = [source.hub for source in facts.sources if source.hub]
@@ -95,7 +95,9 @@ def _evaluation(facts: Facts) -> str:
     tables = evaluation_rows(facts.figures, facts.baseline)
     if not tables:
         return "None was made during the run."
-    parts = [f"After {facts.figures.get('step', 0):,} steps. Zero-shot: cosine to the normalised mean of a class's prompts; retrieval: ties count half; {'by tokens: late interaction; ' if facts.compared.tokens else ''}the last column is the best constant answer or chance."]
+    ways = "Zero-shot: cosine to the normalised mean of a class's prompts; " if facts.compared.embeddings else ""
+    ways += "by tokens: late interaction; " if facts.compared.tokens else ""
+    parts = [f"After {facts.figures.get('step', 0):,} steps. {ways}retrieval: ties count half; the last column is the best constant answer or chance."]
     for title, rows in tables.items():
         parts.append(f"**{title}**\n\n" + _table(("figure", "model", "untrained", "constant or chance"), [tuple(row) for row in rows]))
     if facts.sets:

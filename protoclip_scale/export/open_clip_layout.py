@@ -30,10 +30,12 @@ def write_files(source: Source, folder: Path, dtype: str) -> dict[str, Plan]:
     are loaded in the precision that the user names."""
     settings, model = source.settings, source.structure
     config = {"model_cfg": _model_config(settings, model.image_tower, model.text_tower), "preprocess_cfg": _preprocess_config(settings.image)}
+    if source.logits.bias:
+        config["model_cfg"]["init_logit_bias"] = 0.0  # or open_clip's model would have none to load
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     if settings.text.name != "clip":
         tokenizer_for(settings.text).save(folder)
-    return {WEIGHTS: _weights(model)}
+    return {WEIGHTS: _weights(model) | _logits(source)}
 
 
 @torch.no_grad()
@@ -100,13 +102,11 @@ def _weights(model: DualEncoder) -> Plan:
         plan["text_projection"] = Made(("text_projection.weight",), lambda weight: weight.T)
     else:
         plan |= {f"text.transformer.{name}": Made((prefix + name,)) for name in names} | {"text.proj.weight": Made(("text_projection.weight",))}
-    return plan | {"logit_scale": bounded_scale(model)}
+    return plan
 
 
-def bounded_scale(model: DualEncoder) -> Made:
-    """The logarithm of the temperature as the model uses it, a scalar."""
-    low, high = model.logit_scale.minimum, model.logit_scale.maximum
-    return Made(("logit_scale.log",), lambda log: log.clamp(low, high).reshape(()))
+def _logits(source: Source) -> Plan:
+    return {"logit_scale": source.logits.scale} | ({"logit_bias": source.logits.bias} if source.logits.bias else {})
 
 
 def _image_reasons(settings: schema.Model, ours: ImageTower) -> list[str]:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from protoclip_scale.export.logits import Logits, plain_logits
+from protoclip_scale.export.token_heads import TokenHeads
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.text import CLIP_VOCABULARY, TextTower, own_ids
-from protoclip_scale.objectives.token_heads import TokenHeads
 from protoclip_scale.recipe import schema
 
 FEATURES = frozenset({"image", "text", "logit_scale"})
@@ -33,16 +34,17 @@ class Embeddings(NamedTuple):
 
 class Source(NamedTuple):
     """``structure``: the model, perhaps without values (on the meta device); ``read``: one of its tensors by its name; ``embed``: the model's embeddings of a
-    probe, its weights rounded to a dtype as files of that dtype round them; ``tokens``: of its token heads, which ``read`` has, too."""
+    probe, its weights rounded to a dtype as files of that dtype round them; ``logits``: its temperature; ``tokens``: of its token heads. ``read`` has what both are made of."""
 
     settings: schema.Model
     structure: DualEncoder
     read: Callable[[str], torch.Tensor]
     embed: Callable[[Probe, torch.dtype], Embeddings]
+    logits: Logits
     tokens: TokenHeads | None = None
 
 
-def source_of_model(model: DualEncoder, settings: schema.Model, tokens: TokenHeads | None = None) -> Source:
+def source_of_model(model: DualEncoder, settings: schema.Model, logits: Logits | None = None, tokens: TokenHeads | None = None) -> Source:
     """A model in memory; it is not changed. Costs a second copy while files of another dtype than float32, or a model on a GPU, are checked."""
     state = model.state_dict()
 
@@ -56,7 +58,7 @@ def source_of_model(model: DualEncoder, settings: schema.Model, tokens: TokenHea
         finally:
             model.train(training)
 
-    return Source(settings, model, lambda name: state[name].detach(), embed, tokens)
+    return Source(settings, model, lambda name: state[name].detach(), embed, logits or plain_logits(settings), tokens)
 
 
 def structure_of(settings: schema.Model) -> DualEncoder:
@@ -73,7 +75,7 @@ def published(settings: schema.Model) -> schema.Model:
 
 def stays_float32(name: str) -> bool:
     """Of our names: running statistics, which may be beyond float16, and temperatures, whose rounding would show in every logit."""
-    return name.endswith(("running_mean", "running_var", "logit_scale.log"))
+    return name.endswith(("running_mean", "running_var", "logit_scale.log", "_scale_head.log", "_bias_head.value"))
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from protoclip_scale.data.tokenizers import tokenizer_for
-from protoclip_scale.export.open_clip_layout import bounded_scale
 from protoclip_scale.export.source import Embeddings, Probe, Source, published
 from protoclip_scale.export.tensors import Plan
 from protoclip_scale.files import publish_json
@@ -134,7 +133,7 @@ def _write_clip(source: Source, folder: Path, dtype: str) -> dict[str, Plan]:
     _processor(settings, "CLIPProcessor", folder)
     vision = vision_to_transformers(structure.image_tower.trunk.state_dict())
     plan = {f"vision_model.{name}": each._replace(sources=tuple(_TRUNK + part for part in each.sources)) for name, each in vision.items()}
-    return {WEIGHTS: plan | _text_plan(structure) | _PROJECTION_OF | {"logit_scale": bounded_scale(structure)}}
+    return {WEIGHTS: plan | _text_plan(structure) | _PROJECTION_OF | {"logit_scale": source.logits.scale}}
 
 
 def _wrapper_config(settings: schema.Model, structure: DualEncoder):
@@ -165,7 +164,7 @@ def _write_dual_encoder(source: Source, folder: Path, dtype: str) -> dict[str, P
     _save_config(config, "VisionTextDualEncoderModel", dtype, folder)
     _processor(settings, "VisionTextDualEncoderProcessor", folder)
     plan = _trunk_plan(structure, "vision_model.") | _text_plan(structure) | _PROJECTION_OF
-    return {WEIGHTS: plan | {"logit_scale": bounded_scale(structure)}}
+    return {WEIGHTS: plan | {"logit_scale": source.logits.scale}}
 
 
 def _write_folders(source: Source, folder: Path, dtype: str) -> dict[str, Plan]:
@@ -182,7 +181,7 @@ def _write_folders(source: Source, folder: Path, dtype: str) -> dict[str, Plan]:
     return {
         f"{IMAGE}/{WEIGHTS}": _trunk_plan(structure, ""),
         f"{TEXT}/{WEIGHTS}": {name: Made((_ENCODER + name,)) for name in encoder.state_dict()},
-        PROJECTIONS: _PROJECTION_OF | {"logit_scale": bounded_scale(structure)},
+        PROJECTIONS: _PROJECTION_OF | {"logit_scale": source.logits.scale},
     }
 
 

@@ -10,13 +10,15 @@ import torch
 
 from protoclip_scale.errors import UserError
 from protoclip_scale.export import open_clip_layout, transformers_layout
+from protoclip_scale.export.logits import bias_of
+from protoclip_scale.export.manifest import NAME as MANIFEST
 from protoclip_scale.export.manifest import check_files, write_manifest
 from protoclip_scale.export.source import DTYPES, Embeddings, Probe, Source, made_up, published, source_of_model, structure_of
 from protoclip_scale.export.tensors import Plan, compare_tensors, write_tensors
+from protoclip_scale.export.token_heads import FILE as TOKEN_HEADS
+from protoclip_scale.export.token_heads import read_facts
 from protoclip_scale.models.dual_encoder import DualEncoder
 from protoclip_scale.models.open_clip_keys import Made
-from protoclip_scale.objectives.token_heads import FILE as TOKEN_HEADS
-from protoclip_scale.objectives.token_heads import read_facts, token_plan
 from protoclip_scale.recipe import schema
 
 TOLERANCE = 1e-4  # of the self-test's unit embeddings; fp32 rounding stays far below, a wrong pooling far above
@@ -79,17 +81,21 @@ def export(source: Source, layout: str, folder: str | Path, dtype: str = "float3
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        plans, state = LAYOUTS[layout].write_files(source, draft, dtype), structure.state_dict()
+        plans = LAYOUTS[layout].write_files(source, draft, dtype)
+        state = structure.state_dict() | {name: source.read(name) for each in source.logits if each for name in each.sources}
         digests = {file: write_tensors(draft / file, plan, state, source.read, DTYPES[dtype]) for file, plan in plans.items()}
         if source.tokens:
-            plan, kept = token_plan(settings), {name: source.read(name) for each in token_plan(settings).values() for name in each.sources}
-            digests[TOKEN_HEADS] = write_tensors(draft / TOKEN_HEADS, plan, kept, kept.__getitem__, torch.float32, source.tokens.metadata())
+            plan = source.tokens.plan()
+            kept = {name: source.read(name) for each in plan.values() for name in each.sources}
+            digests[TOKEN_HEADS] = write_tensors(draft / TOKEN_HEADS, plan, kept, kept.__getitem__, torch.float32, source.tokens.facts.metadata())
         if extras.prototypes:
             kept = extras.prototypes
             digests[PROTOTYPES] = write_tensors(draft / PROTOTYPES, _as_they_are(kept), kept, kept.__getitem__, torch.float32)
         if extras.card:
             (draft / CARD).write_text(extras.card(layout, draft), encoding="utf-8")
         about = {"layout": layout, "dtype": dtype, "model": published(settings).model_dump(mode="json", exclude={"init_from", "frozen"}), "origin": extras.origin or {}}
+        if source.logits.bias:
+            about["logit_bias"] = bias_of(source.logits, source.read)
         write_manifest(draft, about, digests)
         _compare(source, layout, draft, DTYPES[dtype])
         if folder.exists():
@@ -108,12 +114,14 @@ def verify(source: Source, folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = check_files(folder)
     with TemporaryDirectory() as scratch:
-        plans = LAYOUTS[manifest["layout"]].write_files(source, Path(scratch), manifest["dtype"]) | ({TOKEN_HEADS: token_plan(source.settings)} if source.tokens else {})
+        plans = LAYOUTS[manifest["layout"]].write_files(source, Path(scratch), manifest["dtype"]) | ({TOKEN_HEADS: source.tokens.plan()} if source.tokens else {})
+    if manifest.get("logit_bias") != bias_of(source.logits, source.read):
+        raise UserError(f"{folder}: its logit_bias in {MANIFEST} is not the model's; it is an export of another run, write it again")
     for file, plan in plans.items():
         if file not in manifest["files"]:
             raise UserError(f"{folder}: it has no {file}; it is not an export of this model, write it again")
         compare_tensors(folder / file, plan, source.read)
-    if source.tokens and read_facts(folder / TOKEN_HEADS) != source.tokens:
+    if source.tokens and read_facts(folder / TOKEN_HEADS) != source.tokens.facts:
         raise UserError(f"{folder / TOKEN_HEADS}: what it says of its tokens is not so in the model; it is an export of another run, write it again")
     return manifest
 

@@ -23,7 +23,7 @@ Segment = tuple[int, int, int]  # group, first row, row after the last
 def group_segments(rank: int, rows: int, world: int, groups: int) -> list[Segment]:
     """The parts of a rank's ``rows`` rows that lie in one group each, as (group, start, stop) of local rows."""
     if world * rows % groups:
-        raise UserError(f"model.norm_groups {groups} does not divide the batch of {world * rows} rows: use a divisor of data.plan.lanes")
+        raise UserError(f"norm_groups {groups} does not divide the batch of {world * rows} rows: use a divisor of data.plan.lanes")
     group_rows = world * rows // groups
     segments, start = [], 0
     while start < rows:
@@ -144,7 +144,7 @@ class GroupBatchNorm(nn.Module):
         world, rows = collectives.world_size(), input.shape[0]
         group_values = world * rows * input[0, 0].numel() // self.groups
         if group_values < 2:
-            raise UserError(f"batch norm has {group_values} values per channel in each of model.norm_groups {self.groups}: raise data.plan.global_batch or lower model.norm_groups")
+            raise UserError(f"batch norm has {group_values} values per channel in each of norm_groups {self.groups}: raise data.plan.global_batch or lower norm_groups")
         # a checkpointed block runs again inside the backward pass; its first run has updated the statistics
         updates = self.updates and torch._C._current_graph_task_id() == -1
         if world == 1 and self.groups == 1:

@@ -12,7 +12,7 @@ from protoclip_scale.errors import UserError
 from protoclip_scale.models.dual_encoder import NORMALIZATION, DualEncoder
 from protoclip_scale.models.heads import Head
 from protoclip_scale.models.infer import timm_name_of
-from protoclip_scale.models.initial_weights import ReadRun, load_folder, load_initial_weights, read_open_clip_folder
+from protoclip_scale.models.initial_weights import Read, load_folder, load_initial_weights, read_open_clip_folder
 from protoclip_scale.models.transformers_folder import IMAGE, PROJECTIONS, TEXT, config_of, form_of
 from protoclip_scale.recipe import schema
 
@@ -20,20 +20,27 @@ EMBEDDING = frozenset({"image", "text", "logit_scale"})
 
 
 def build_model(
-    recipe: schema.Recipe, features: frozenset[str], seed: int, fresh: bool = True, read_run: ReadRun | None = None, heads: Mapping[str, Head] | None = None
+    recipe: schema.Recipe,
+    features: frozenset[str],
+    seed: int,
+    fresh: bool = True,
+    read_run: Read | None = None,
+    heads: Mapping[str, Head] | None = None,
+    read_heads: Read | None = None,
 ) -> DualEncoder:
     """The recipe's model on the CPU, a function of the seed alone; the global random state is left as it was.
 
     Towers start alike whatever ``features`` and ``heads`` of objectives are built. ``fresh`` false skips ``pretrained`` and ``init_from``: for a
     model whose weights come from a checkpoint. ``read_run`` is needed where ``init_from`` is a run directory: it maps the directory to
-    the state dict of its latest checkpoint. Raises UserError for towers or weights that cannot be had.
+    the state dict of its latest checkpoint. ``read_heads`` maps that of an export to its heads' weights; without it they stay as drawn. Raises UserError for towers or
+    weights that cannot be had.
     """
     pretrained = None if fresh and recipe.model.init_from is None else False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DualEncoder(recipe.model, frozenset(features), pretrained, heads)
     if fresh and recipe.model.init_from is not None:
-        load_initial_weights(model, recipe.model, read_run)
+        load_initial_weights(model, recipe.model, read_run, read_heads)
     return model
 
 

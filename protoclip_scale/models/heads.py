@@ -86,13 +86,9 @@ def _prototype_head(widths: Widths, model: schema.Model) -> nn.Module:
     return MlpHead(widths.text_projected, settings.hidden_dim, settings.hidden_layers, settings.dim, model.norm_groups)
 
 
-def _logit_scale(widths: Widths, model: schema.Model) -> nn.Module:
-    return LogitScale(model.logit_scale)
-
-
-def temperature(name: str = "") -> Head:
-    """A learned inverse temperature (1,) with the start and the bounds of ``model.logit_scale``."""
-    return Head((), _logit_scale, decays=False, name=name)
+def temperature(name: str = "", settings: schema.LogitScale | None = None) -> Head:
+    """A learned inverse temperature (1,) with a start and bounds, by default those of ``model.logit_scale``."""
+    return Head((), lambda widths, model: LogitScale(settings or model.logit_scale), decays=False, name=name)
 
 
 # heads that clustering uses, whichever objective does; they are built in this order, before all others

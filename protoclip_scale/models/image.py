@@ -50,7 +50,7 @@ class ImageTower(nn.Module):
                 nn.init.normal_(embedding, std=trunk.embed_dim**-0.5)
         self.draws = key_by_row(trunk, settings.name)
         if settings.drop_path and not self.draws:
-            raise UserError(f"model.image.drop_path {settings.drop_path} has no effect: {settings.name} has no stochastic depth; remove it")
+            raise UserError(_no_stochastic_depth(settings.name, settings.drop_path))
         if settings.grad_checkpointing and self.draws:
             raise UserError(f"model.image.grad_checkpointing: {settings.name} drops by chance, and recomputed blocks would not know which rows they see; set it to false and use optim.microbatch")
         if settings.grad_checkpointing:
@@ -125,8 +125,14 @@ def _create(name: str, pretrained: bool, **options) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
+        if "drop_path_rate" in options and isinstance(error, TypeError) and "drop_path_rate" in str(error):
+            raise UserError(_no_stochastic_depth(name, options["drop_path_rate"])) from error
         fix = "set model.image.pretrained false or make the hub reachable" if pretrained else "choose another name or model.image.size"
         raise UserError(f"model.image: timm could not build {name} ({_one_line(error)}); {fix}") from error
+
+
+def _no_stochastic_depth(name: str, drop_path: float) -> str:
+    return f"model.image.drop_path {drop_path} has no effect: {name} has no stochastic depth; remove it"
 
 
 def _one_line(error: Exception) -> str:

@@ -20,20 +20,21 @@ from protoclip_scale.models.text import CLIP_VOCABULARY, MASK_ID, with_mask_row,
 from protoclip_scale.models.transformers_folder import form_of, read_parts
 from protoclip_scale.recipe import schema
 
-ReadRun = Callable[[Path], Mapping[str, torch.Tensor]]
+Read = Callable[[Path], Mapping[str, torch.Tensor]]
 OPEN_CLIP = "open_clip:"
 WHAT = "a run directory, an export of either layout, open_clip:NAME/TAG, or the folder or hub name of a transformers CLIP"
 
 
-def load_initial_weights(model: DualEncoder, settings: schema.Model, read_run: ReadRun | None = None) -> None:
-    """Replace the towers' weights, projections and logit scale (of a run: the heads too, where both have them).
+def load_initial_weights(model: DualEncoder, settings: schema.Model, read_run: Read | None = None, read_heads: Read | None = None) -> None:
+    """Replace the towers' weights, projections and logit scale (of a run or an export: the heads too, where both have them).
 
-    ``read_run`` maps a run directory to the state dict of its latest checkpoint. Raises UserError, one line, if the source is
-    none of ``WHAT`` or its towers are not those of the recipe.
+    ``read_run`` maps a run directory to the state dict of its latest checkpoint, ``read_heads`` an export to heads' weights that lie beside those of its layout.
+    Raises UserError, one line, if the source is none of ``WHAT`` or its towers are not those of the recipe.
     """
     source = settings.init_from
     assert source is not None
     folder = Path(source)
+    heads = dict(read_heads(folder)) if read_heads and model.heads else {}
     if source.startswith(OPEN_CLIP):
         state, text_activation, image_activation = _open_clip_tag(source)
         _check_activations(model, settings, text_activation, image_activation)
@@ -45,11 +46,11 @@ def load_initial_weights(model: DualEncoder, settings: schema.Model, read_run: R
         state, config = read_open_clip_folder(folder)
         quick = "quick_gelu" if config.get("quick_gelu") else "gelu"
         _check_activations(model, settings, quick, None if "timm_model_name" in config["vision_cfg"] else quick)
-        _load(model, _from_open_clip(model, state), source)
+        _load(model, _from_open_clip(model, state) | heads, source)
     elif form_of(folder) in ("dual_encoder", "folders"):
-        load_folder(model, folder)
+        load_folder(model, folder, heads)
     elif (folder / "config.json").is_file() or (not folder.exists() and source.count("/") <= 1 and not source.startswith((".", "/"))):
-        _load_transformers(model, settings, source)
+        _load_transformers(model, settings, source, heads)
     else:
         raise UserError(f"model.init_from: {source} is not {WHAT}; {'it has no checkpoints, open_clip_config.json or config.json' if folder.is_dir() else 'there is no such folder'}")
 
@@ -112,7 +113,7 @@ def _from_open_clip(model: DualEncoder, state: Mapping[str, torch.Tensor]) -> St
     return _assemble(model, vision, projection, text, text_projection, state["logit_scale"])
 
 
-def _load_transformers(model: DualEncoder, settings: schema.Model, source: str) -> None:
+def _load_transformers(model: DualEncoder, settings: schema.Model, source: str, heads: State) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     try:
@@ -127,13 +128,13 @@ def _load_transformers(model: DualEncoder, settings: schema.Model, source: str) 
     state = other.state_dict()
     vision, text = vision_from_transformers(below(state, "vision_model.")), below(state, "text_model.")
     projection = {"weight": state["visual_projection.weight"]}
-    _load(model, _assemble(model, vision, projection, text, state["text_projection.weight"], state["logit_scale"]), source)
+    _load(model, _assemble(model, vision, projection, text, state["text_projection.weight"], state["logit_scale"]) | heads, source)
 
 
-def load_folder(model: DualEncoder, folder: Path) -> None:
-    """Replace the model's weights by those of a transformers folder, whose towers it was built for. Raises UserError if they are others."""
+def load_folder(model: DualEncoder, folder: Path, heads: State | None = None) -> None:
+    """Replace the model's weights by those of a transformers folder, whose towers it was built for, and of ``heads``. Raises UserError if they are others."""
     parts = read_parts(folder)
-    _load(model, _assemble(model, parts.vision, {"weight": parts.projection}, parts.text, parts.text_projection, parts.logit_scale), str(folder))
+    _load(model, _assemble(model, parts.vision, {"weight": parts.projection}, parts.text, parts.text_projection, parts.logit_scale) | (heads or {}), str(folder))
 
 
 def load_tensors(model: DualEncoder, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -186,6 +187,8 @@ def _load(model: DualEncoder, state: State, source: str) -> None:
     fix = "make model.image, model.text and model.embed_dim those of the source"
     if other_shape:
         name = other_shape[0]
+        if not name.startswith(tower_parts):
+            fix = "give that head the widths of the source, in objectives or model.prototype_heads"
         raise UserError(f"model.init_from: {source} does not fit: {name} is {list(state[name].shape)} there and {list(own[name].shape)} here ({len(other_shape)} such); {fix}")
     if missing or foreign:
         raise UserError(f"model.init_from: {source} does not fit: {len(missing)} weights are missing there and {len(foreign)} unknown here, first {(missing + foreign)[0]}; {fix}")

@@ -3,8 +3,10 @@
 torch draws masks for a whole batch, from a generator of each process: another split of the batch gives every row another mask.
 """
 
+import math
 import zlib
 
+import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -14,6 +16,7 @@ from protoclip_scale.errors import UserError
 _SPLITMIX = (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)  # shift, multiplier as a signed number (Steele et al. 2014)
 _GOLDEN = -0x61C8864680B583EB
 _WAYS = 1 << 24  # that a float32 tells apart
+_SHARES = 1 << 53  # of which a float64's difference from 1 is a whole number
 
 
 def row_keys(row_ids: torch.Tensor, drawn: int) -> torch.Tensor:
@@ -41,19 +44,23 @@ class RowDropout(nn.Module):
 
     def __init__(self, probability: float, whole_rows: bool, scale: bool, draws: Draws, number: int):
         super().__init__()
-        self.probability, self.whole_rows, self.scale, self.number = probability, whole_rows, scale, number
+        self.probability, self.whole_rows, self.scale = probability, whole_rows, scale
         self._draws = draws
+        # what differs from block to block is in tensors: as numbers, they would make torch.compile build a graph for each block. Whole ones, which no cast of a model rounds
+        for name, whole in (("number", number), ("least", math.ceil(float(np.float32(probability)) * _WAYS)), ("kept_share", round((1 - probability) * _SHARES))):
+            self.register_buffer(name, torch.tensor(whole), persistent=False)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if not self.training or self._draws.keys_B is None:
             return values
-        keys_B = _mixed(self._draws.keys_B + self.number)
+        keys_B = _mixed(self._draws.keys_B.to(values.device) + self.number)
         numbers = 1 if self.whole_rows else values.numel() // len(keys_B)
         places = torch.arange(numbers, device=values.device) * _GOLDEN
-        uniform = ((_mixed(keys_B.to(values.device)[:, None] + places) >> 40) & (_WAYS - 1)).float() / _WAYS
-        kept = (uniform >= self.probability).to(values.dtype)
+        drawn = (_mixed(keys_B[:, None] + places) >> 40) & (_WAYS - 1)
+        kept = (drawn >= self.least).to(torch.promote_types(values.dtype, torch.float32))
         if self.scale:
-            kept = kept / (1 - self.probability)
+            kept = kept / (self.kept_share.double() / _SHARES).to(kept.dtype)
+        kept = kept.to(values.dtype)
         if self.whole_rows:
             kept = kept.repeat_interleave(len(values) // len(keys_B), 0)
             return values * kept.view(-1, *[1] * (values.dim() - 1))

@@ -6,11 +6,11 @@ from protoclip_scale.data.views import Views
 from protoclip_scale.errors import UserError
 from protoclip_scale.models.heads import Head
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.inputs import is_input
+from protoclip_scale.objectives.shared.inputs import is_input
 from protoclip_scale.recipe.names import objective_module
 from protoclip_scale.recipe.schema import Recipe
 
-__all__ = ["Objective", "Targets", "build_objectives", "features_of", "heads_of", "used", "views_of"]
+__all__ = ["Objective", "Targets", "build_objectives", "check_ranks", "features_of", "heads_of", "used", "views_of"]
 
 
 def build_objectives(recipe: Recipe) -> dict[str, Objective]:
@@ -35,6 +35,12 @@ def heads_of(objectives: dict[str, Objective]) -> dict[str, Head]:
         for kind, head in objective.heads().items():
             assert found.setdefault(kind, head) == head, f"two objectives declare different heads {kind}"
     return found
+
+
+def check_ranks(objectives: dict[str, Objective], world: int) -> None:
+    """UserError where one with a weight cannot be computed by so many ranks."""
+    for objective in used(objectives).values():
+        objective.check_ranks(world)
 
 
 def views_of(objectives: dict[str, Objective]) -> Views:

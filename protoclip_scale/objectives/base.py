@@ -37,12 +37,13 @@ class Objective(ABC):
     """One named loss.
 
     ``needs``: the features it reads, named ``KIND`` or ``KIND@VIEW``. Kinds are ``image``, ``text`` (unit rows [B, embed_dim]), ``logit_scale`` (1,), those of
-    ``models.heads.PROTOTYPE_HEADS``, those of ``heads``, and those of ``objectives.inputs.INPUT_FEATURES``, which are made of the batch alone. ``gathers``: those it needs from the whole
+    ``models.heads.PROTOTYPE_HEADS``, those of ``heads``, and those of ``objectives.shared.inputs.INPUT_FEATURES``, which are made of the batch alone. ``gathers``: those it needs from the whole
     batch, with gradient; ``gathers_constant``: those it needs without (any dtype). Both may name ``derived`` ones. ``clusters``: the labelings an episode must hand to it ("image", "text", "teacher"),
     empty if none. ``token_kinds``: the kinds of an image's and of a text's token features that the trained model is evaluated by, unit rows [B, T, D] with rows of zeros where no token
-    counts, or None. ``stops_when_locked``: it trains the image tower alone, so it has no part in the locked-image ending.
+    counts, or None; exports know those of ``filip``. ``logits``: the kinds of the temperature, and of the bias if there is one, that make logits of the cosines of images and texts, or None. ``finds_partners``: it is ln N for who guesses
+    each row's partner among the N of the batch, by which a run is known that learns nothing. ``stops_when_locked``: it trains the image tower alone, so it has no part in the locked-image ending.
 
-    All of them may be set in ``__init__``, which knows the settings; ``clusters``, ``token_kinds`` and ``stops_when_locked`` belong to the class.
+    All of them may be set in ``__init__``, which knows the settings; ``clusters``, ``token_kinds``, ``logits``, ``finds_partners`` and ``stops_when_locked`` belong to the class.
     """
 
     needs: frozenset[str] = frozenset()
@@ -51,6 +52,8 @@ class Objective(ABC):
     views: Views = Views()
     clusters: tuple[str, ...] = ()
     token_kinds: tuple[str, str] | None = None
+    logits: tuple[str, str | None] | None = None
+    finds_partners = False
     stops_when_locked = False
 
     def __init__(self, settings: ObjectiveSettings, recipe: Recipe):
@@ -72,6 +75,9 @@ class Objective(ABC):
     @abstractmethod
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         """The unweighted loss of the local rows, a mean over them; equal batches per rank make the mean of ranks global."""
+
+    def check_ranks(self, world: int) -> None:  # noqa: B027 (most go with any number)
+        """UserError where the loss cannot be computed by so many ranks; asked before anything is fetched."""
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027 (most have no state)
         """Make the state as a run starts with it, a function of the recipe alone. Called before an episode is trained in a new process, and when what trains changes; a

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
+from protoclip_scale.objectives.shared.tiled import Keys, tiled_cross_entropy
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 
 COLUMNS = ("image", "text")
@@ -49,6 +49,8 @@ class Contrastive(Objective):
 
     needs = frozenset({"image", "text", "logit_scale"})
     gathers = COLUMNS
+    logits = ("logit_scale", None)
+    finds_partners = True
 
     def __init__(self, settings: Settings, recipe: Recipe):
         super().__init__(settings, recipe)

@@ -7,15 +7,15 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from protoclip_scale.data.tokenizers import tokenizer_for
 from protoclip_scale.data.views import Views
 from protoclip_scale.errors import UserError
-from protoclip_scale.models.heads import Head, temperature
+from protoclip_scale.models.heads import Head, Widths, temperature
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.late_interaction import Tokens, late_cross_entropy, present
-from protoclip_scale.objectives.multiview import main_text, two_views
-from protoclip_scale.objectives.neighbour import group_size
-from protoclip_scale.objectives.selection import highest_scores, keep_best, kept_tokens, own_scores
-from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
+from protoclip_scale.objectives.shared.late_interaction import Tokens, late_cross_entropy, present
+from protoclip_scale.objectives.shared.pairs import group_size, main_text, two_views
+from protoclip_scale.objectives.shared.selection import highest_scores, keep_best, kept_tokens, own_scores
+from protoclip_scale.recipe.schema import LogitScale, Model, ObjectiveSettings, Recipe
 from protoclip_scale.recipe.schema.section import Positive
 
 
@@ -33,6 +33,7 @@ class Settings(ObjectiveSettings):
     keep_tokens: Positive | None = Field(None, description="So many tokens instead of a share; the published code has 16.")
     groups: Positive = Field(1, description="Groups of lanes within which the paper's selection looks, as published those of one GPU each; a multiple of the number of ranks.")
     products: Literal["fp32", "bf16"] = Field("fp32", description="Precision in which tokens are gathered and multiplied; their mean and the softmax are fp32.")
+    logit_scale: LogitScale | None = Field(None, description="Start and bounds of its temperature; null takes those of model.logit_scale.")
     masked_text: bool = Field(False, description="The text masked for objectives.mlm stands for the main one, as in the published code: one text pass less.")
     further_views: bool = Field(False, description="The mean over two views of the images and two of the texts, as objectives.multiview has them, instead of the main pair alone.")
 
@@ -40,13 +41,19 @@ class Settings(ObjectiveSettings):
     def _settings_have_an_effect(self):
         if self.keep_tokens is not None and self.keep != 0.25:
             raise ValueError(f"objectives.filip.keep {self.keep} has no effect with objectives.filip.keep_tokens {self.keep_tokens}; remove one of them")
-        if self.groups > 1 and (self.selection != "paper" or self.keeps_all):
+        if self.selection != "paper" and self.keeps_all:
+            raise ValueError(f"objectives.filip.selection {self.selection} has no effect with objectives.filip.keep 1, which gathers all tokens; remove one of them")
+        if self.groups > 1 and not self.selects_in_groups:
             raise ValueError(f"objectives.filip.groups {self.groups} has no effect without objectives.filip.selection paper; remove it")
         return self
 
     @property
     def keeps_all(self) -> bool:
         return self.keep == 1 and self.keep_tokens is None
+
+    @property
+    def selects_in_groups(self) -> bool:
+        return self.selection == "paper" and not self.keeps_all
 
     def kept(self, num_tokens: int) -> int:
         """How many of a sample's places are gathered."""
@@ -74,17 +81,18 @@ class ImageTokens(nn.Module):
 
 
 class TextTokens(nn.Module):
-    """Token states [b, T, width] -> [b, context, dim]: unit rows where a token counts, rows of zeros elsewhere. A text of nothing but start and end keeps these."""
+    """Token states [b, T, width] -> [b, context, dim]: unit rows where a token counts, rows of zeros elsewhere. ``added``: how many tokens stand before and behind each text's own,
+    which count if ``special_tokens``, or there are no others."""
 
-    def __init__(self, width: int, dim: int, context: int, special_tokens: bool):
+    def __init__(self, width: int, dim: int, context: int, special_tokens: bool, added: tuple[int, int] = (1, 1)):
         super().__init__()
-        self.linear, self.context, self.special_tokens = nn.Linear(width, dim), context, special_tokens
+        self.linear, self.context, self.special_tokens, self.added = nn.Linear(width, dim), context, special_tokens, added
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # padding is replaced before it is multiplied: what stands there, NaN included, has no gradient
         rows = F.normalize(self.linear(tokens.masked_fill(~mask[..., None], 0)), dim=-1)
         if not self.special_tokens:
-            mask = _without_specials(mask)
+            mask = _without_specials(mask, *self.added)
         return F.pad(rows.masked_fill(~mask[..., None], 0), (0, 0, 0, self.context - rows.shape[1]))
 
 
@@ -92,19 +100,25 @@ def token_heads(dim: int, special_tokens: bool) -> dict[str, Head]:
     """What makes an image's and a text's tokens, by kind."""
     return {
         "filip_image": Head(("image_tokens",), lambda widths, model: ImageTokens(widths.image_tokens, dim, widths.image_prefix_tokens), in_parts=True),
-        "filip_text": Head(("text_tokens",), lambda widths, model: TextTokens(widths.text_tokens, dim, widths.context_length, special_tokens), in_parts=True),
+        "filip_text": Head(("text_tokens",), lambda widths, model: _text_tokens(widths, model, dim, special_tokens), in_parts=True),
     }
 
 
-def _without_specials(mask_BT: torch.Tensor) -> torch.Tensor:
+def _text_tokens(widths: Widths, model: Model, dim: int, special_tokens: bool) -> TextTokens:
+    added = () if special_tokens else (tokenizer_for(model.text).added,)  # it need not be loaded where nobody asks
+    return TextTokens(widths.text_tokens, dim, widths.context_length, special_tokens, *added)
+
+
+def _without_specials(mask_BT: torch.Tensor, before: int, behind: int) -> torch.Tensor:
     lengths, places = mask_BT.sum(1, keepdim=True), torch.arange(mask_BT.shape[1], device=mask_BT.device)
-    return torch.where(lengths > 2, (places > 0) & (places < lengths - 1), mask_BT)
+    return torch.where(lengths > before + behind, (places >= before) & (places < lengths - behind), mask_BT)
 
 
 class LateInteraction(Objective):
     """Active in every episode."""
 
     token_kinds = ("filip_image", "filip_text")
+    finds_partners = True
 
     def __init__(self, settings: Settings, recipe: Recipe):
         super().__init__(settings, recipe)
@@ -119,7 +133,16 @@ class LateInteraction(Objective):
         self.views = two_views(recipe, settings.masked_text) if settings.further_views else Views(masked=masked)
 
     def heads(self) -> dict[str, Head]:
-        return token_heads(self.settings.dim, self.settings.special_tokens) | {"filip_scale": temperature()}
+        return token_heads(self.settings.dim, self.settings.special_tokens) | {"filip_scale": temperature(settings=self.settings.logit_scale)}
+
+    def check_ranks(self, world: int) -> None:
+        """A group of rows whose tokens are compared lies on one rank."""
+        settings = self.settings
+        if settings.selects_in_groups and settings.groups % world:
+            raise UserError(
+                f"objectives.filip.groups {settings.groups}: the tokens of a group are chosen on one rank, and these are {world}; set it to a multiple of {world} "
+                "(and keep it when their number changes), or objectives.filip.selection to reference"
+            )
 
     def _tokens(self, rows_BTD: torch.Tensor) -> Tokens:
         return present(rows_BTD.bfloat16() if self.settings.products == "bf16" else rows_BTD)
@@ -137,12 +160,7 @@ class LateInteraction(Objective):
         return derived
 
     def _highest_scores(self, images: Tokens, texts: Tokens, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, size = len(images.rows), group_size(targets.num_columns, self.settings.groups, "filip")
-        if rows % size:
-            raise UserError(
-                f"objectives.filip.groups {self.settings.groups} make groups of {size} rows, but a rank holds {rows}: set it to a multiple of the {targets.num_columns // rows} ranks "
-                "(and keep it when their number changes), or objectives.filip.selection to reference"
-            )
+        size = group_size(targets.num_columns, self.settings.groups, "filip")
         scores = [highest_scores(*each) for each in zip(images.split(size), texts.split(size), strict=True)]
         return torch.cat([of_images for of_images, _ in scores]), torch.cat([of_texts for _, of_texts in scores])
 
@@ -168,8 +186,7 @@ class LateInteraction(Objective):
         """Each of a row's tokens meets the gathered tokens of the other side; the paper's selection compares all tokens within a group of rows."""
         dim, (image_keys, text_keys) = self.settings.dim, self._key_sizes(sizes)
         contrast = batch * (sizes["filip_image"] * text_keys + sizes["filip_text"] * image_keys) // dim
-        selected = self.settings.selection == "paper" and not self.settings.keeps_all
-        selection = batch // self.settings.groups * sizes["filip_image"] * sizes["filip_text"] // dim if selected else 0
+        selection = batch // self.settings.groups * sizes["filip_image"] * sizes["filip_text"] // dim if self.settings.selects_in_groups else 0
         return len(self._pairs) * (contrast + selection)
 
 

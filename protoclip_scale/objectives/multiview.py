@@ -5,12 +5,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from protoclip_scale.data.views import Views
 from protoclip_scale.objectives.base import Objective, Targets
 from protoclip_scale.objectives.clip import clip_loss
+from protoclip_scale.objectives.shared.pairs import IMAGES, main_text, two_views
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
-
-IMAGES = ("image", "image@second")
 
 
 class Settings(ObjectiveSettings):
@@ -19,19 +17,9 @@ class Settings(ObjectiveSettings):
     variant: Literal["paper", "reference"] = Field(
         "paper",
         description="paper: the mean over the three pairs with a further view; the main pair is objectives.clip, with a weight of its own. reference: the mean over all "
-        "four pairs, as the published code (weight 0.4); without objectives.clip.",
+        "four pairs, as the published code (weight 0.4), so objectives.clip beside it counts the main pair once more.",
     )
     masked_text: bool = Field(False, description="The text masked for objectives.mlm stands for the main one, as in the published code: one text pass less.")
-
-
-def main_text(masked: bool) -> str:
-    """The feature that stands for the first text view."""
-    return "text@masked" if masked else "text"
-
-
-def two_views(recipe: Recipe, masked: bool) -> Views:
-    """Beside the main ones: an image with the same augmentation, a text edited by EDA, and the masked text if it is to stand for the main one."""
-    return Views({"second": recipe.data.augmentation}, {"eda": "eda"}, ("masked",) if masked else ())
 
 
 def multiview_terms(
@@ -65,6 +53,9 @@ def multiview_loss(images, texts, all_images, all_texts, scale: torch.Tensor, co
 class Multiview(Objective):
     """Active in every episode."""
 
+    logits = ("logit_scale", None)
+    finds_partners = True
+
     def __init__(self, settings: Settings, recipe: Recipe):
         super().__init__(settings, recipe)
         self._texts = (main_text(settings.masked_text), "text@eda")
@@ -75,6 +66,11 @@ class Multiview(Objective):
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         views = ([source[name] for name in names] for source in (features, gathered) for names in (IMAGES, self._texts))
         return multiview_loss(*views, features["logit_scale"], targets.columns_B, self.settings.variant)
+
+    def loss_products(self, batch: int, sizes: dict[str, int]) -> int:
+        """Each pair of views has two directions."""
+        pairs = 4 if self.settings.variant == "reference" else 3
+        return pairs * batch * (sizes["image"] + sizes["text"])
 
 
 build = Multiview

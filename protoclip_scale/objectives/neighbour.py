@@ -6,11 +6,10 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn import functional as F
 
-from protoclip_scale.errors import UserError
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.feature_queue import nearest, push
-from protoclip_scale.objectives.multiview import IMAGES, main_text, two_views
-from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
+from protoclip_scale.objectives.shared.feature_queue import nearest, push
+from protoclip_scale.objectives.shared.pairs import IMAGES, group_size, main_text, two_views
+from protoclip_scale.objectives.shared.tiled import Keys, tiled_cross_entropy
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 from protoclip_scale.recipe.schema.section import Positive
 
@@ -115,13 +114,6 @@ class NearestNeighbour(Objective):
         """Each text meets a queue, each image the neighbours of all rows."""
         width = sizes["image"]
         return 2 * self.settings.size * width + 4 * self.settings.neighbours * batch * width
-
-
-def group_size(num_columns: int, groups: int, name: str) -> int:
-    """Rows of the global batch in each of ``groups`` groups of lanes. UserError if it is no whole number."""
-    if num_columns % groups:
-        raise UserError(f"objectives.{name}.groups {groups} does not divide the batch of {num_columns} rows: use a divisor of data.plan.lanes")
-    return num_columns // groups
 
 
 build = NearestNeighbour

@@ -8,18 +8,22 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from protoclip_scale.models.heads import Head
-from protoclip_scale.models.scale import LogitScale
+from protoclip_scale.models.heads import Head, temperature
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.tiled import tile_rows
-from protoclip_scale.recipe import schema
-from protoclip_scale.recipe.schema import ObjectiveSettings
+from protoclip_scale.objectives.shared.tiled import tile_rows
+from protoclip_scale.recipe.schema import LogitScale, ObjectiveSettings
+
+
+class Temperature(LogitScale):
+    """SigLIP's inverse temperature, as a logarithm; bounded in the forward pass, which is not published."""
+
+    init: float = Field(math.log(10), description="Initial value of the logarithm, ln 10 as published.")
 
 
 class Settings(ObjectiveSettings):
     """The sigmoid loss between images and captions, with a temperature and a bias of its own."""
 
-    init_scale: float = Field(math.log(10), description="Initial value of the temperature's logarithm, ln 10 as published; bounds are those of model.logit_scale.")
+    logit_scale: Temperature = Field(Temperature(), description="Start and bounds of its temperature.")
     init_bias: float = Field(-10.0, description="Initial value of the learned bias, as published: at first nearly every pair is taken for a negative, as nearly all are.")
 
 
@@ -91,12 +95,12 @@ class Sigmoid(Objective):
 
     needs = frozenset({"image", "text", "siglip_scale", "siglip_bias"})
     gathers = ("text",)
+    logits = ("siglip_scale", "siglip_bias")
 
     def heads(self) -> dict[str, Head]:
-        settings, bounds = self.settings, self.recipe.model.logit_scale
-        scale = schema.LogitScale(init=settings.init_scale, minimum=bounds.minimum, maximum=bounds.maximum)
+        settings = self.settings
         return {
-            "siglip_scale": Head((), lambda widths, model: LogitScale(scale), decays=False),
+            "siglip_scale": temperature(settings=settings.logit_scale),
             "siglip_bias": Head((), lambda widths, model: Bias(settings.init_bias), decays=False),
         }
 

@@ -9,7 +9,7 @@ from torch import nn
 from protoclip_scale.data.views import Views
 from protoclip_scale.models.heads import Head, MlpHead, Widths
 from protoclip_scale.objectives.base import Objective, Targets
-from protoclip_scale.objectives.tiled import Keys, tiled_cross_entropy
+from protoclip_scale.objectives.shared.tiled import Keys, tiled_cross_entropy
 from protoclip_scale.recipe import schema
 from protoclip_scale.recipe.schema import ObjectiveSettings, Recipe
 from protoclip_scale.recipe.schema.section import Positive
@@ -25,6 +25,7 @@ class Settings(ObjectiveSettings):
     hidden_dim: Positive = Field(4096, description="Width of the head's hidden layers.")
     hidden_layers: int = Field(2, ge=0, description="Hidden layers of the head, each with batch norm and ReLU.")
     dim: Positive = Field(256, description="Width of the head's output.")
+    norm_groups: Positive | None = Field(None, description="Groups of lanes of the head's batch norm; null takes model.norm_groups.")
 
 
 def simclr_loss(first_BD: torch.Tensor, second_BD: torch.Tensor, all_first_ND: torch.Tensor, all_second_ND: torch.Tensor, temperature: float, columns_B: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,8 @@ class SimCLR(Objective):
         return {"simclr": Head(("image_pooled",), self._head, unit=True)}
 
     def _head(self, widths: Widths, model: schema.Model) -> nn.Module:
-        return MlpHead(widths.image_pooled, self.settings.hidden_dim, self.settings.hidden_layers, self.settings.dim, model.norm_groups)
+        settings = self.settings
+        return MlpHead(widths.image_pooled, settings.hidden_dim, settings.hidden_layers, settings.dim, settings.norm_groups or model.norm_groups)
 
     def coupled(self, features: dict[str, torch.Tensor], gathered: dict[str, torch.Tensor], targets: Targets) -> torch.Tensor:
         return simclr_loss(features[FIRST], features[SECOND], gathered[FIRST], gathered[SECOND], self.settings.temperature, targets.columns_B)

@@ -14,10 +14,11 @@ from protoclip_scale.recipe.schema.section import Positive
 
 
 class Settings(ObjectiveSettings):
-    """SimSiam between the main image view and a second one with the same augmentation. Batch norm over model.norm_groups groups of lanes; 32 groups are the published 32 GPUs."""
+    """SimSiam between the main image view and a second one with the same augmentation."""
 
     dim: Positive = Field(1024, description="Width of the projector's layers and of its output.")
     predictor_dim: Positive = Field(512, description="Width of the predictor's hidden layer.")
+    norm_groups: Positive | None = Field(None, description="Groups of lanes of the heads' batch norm; null takes model.norm_groups. 32 are the published 32 GPUs.")
 
 
 def simsiam_loss(
@@ -61,7 +62,7 @@ class SimSiam(Objective):
         self.views = Views(images={"second": recipe.data.augmentation})
 
     def heads(self) -> dict[str, Head]:
-        settings, groups = self.settings, self.recipe.model.norm_groups
+        settings, groups = self.settings, self.settings.norm_groups or self.recipe.model.norm_groups
         return {
             "simsiam_projection": Head(("image_projected",), lambda widths, model: Projector(widths.image_projected, settings.dim, groups)),
             "simsiam_prediction": Head(("simsiam_projection",), lambda widths, model: Predictor(settings.dim, settings.predictor_dim, groups)),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 _PACKAGE = "protoclip_scale.objectives"
-_SHARED = ("base", "compared", "equal", "feature_queue", "inputs", "late_interaction", "selection", "tiled", "token_heads")  # modules of the package that are no objectives
+_OTHERS = ("base", "compared")  # modules of the package that are no objectives; what objectives share lies in a folder below
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -20,7 +20,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def objective_names() -> list[str]:
     """The objectives that exist."""
     package = importlib.import_module(_PACKAGE)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name not in _SHARED)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg and module.name not in _OTHERS)
 
 
 def objective_module(name: str) -> ModuleType:

@@ -66,9 +66,10 @@ def located(place: tuple[str | int, ...]) -> tuple[str, dict[str, FieldInfo], Fi
 
 
 def one_line(problem: dict[str, Any]) -> str:
-    """Text for a record of ``ValidationError.errors()``; contradictions found by our validators already name their keys."""
+    """Text for a record of ``ValidationError.errors()``; contradictions found by our validators already name their keys, or ``{section}`` where theirs has several places."""
     if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
+        said = problem["msg"].removeprefix("Value error, ")
+        return said.replace("{section}", located(problem["loc"])[0]) if "{section}" in said else said
     key, known, field = located(problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key} is not a key{_here_or_elsewhere(key.split('.')[-1], known)}"

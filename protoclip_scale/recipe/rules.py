@@ -69,6 +69,14 @@ def _masked_texts_have_a_mask(recipe: Recipe) -> Iterator[str]:
             yield f"objectives.{name} masks tokens of the caption, but model.text.mask_token is false; set it to true, or the weight of {name} to 0"
 
 
+def _neighbours_are_of_trained_texts(recipe: Recipe) -> Iterator[str]:
+    """It reads texts without gradient, so another objective must train them from the first episode on."""
+    others = [name for name in _weighted(recipe) if name != "neighbour" and not _clusters(name)]
+    needs = frozenset().union(*(objective_module(name).build(recipe.objectives[name], recipe).needs for name in others))
+    if "neighbour" in _weighted(recipe) and not any(name.split("@")[0] == "text" for name in needs):
+        yield "objectives.neighbour draws images to the neighbours of their texts, but no other objective trains the text embedding; add objectives.clip or objectives.multiview, or set its weight to 0"
+
+
 def _clustering_is_used(recipe: Recipe) -> Iterator[str]:
     clustered = clustered_objectives(recipe)
     if clustered and recipe.prototypes is None:
@@ -133,7 +141,8 @@ def _episode_fits_the_epoch(recipe: Recipe) -> Iterator[str]:
 
 def _groups_divide_lanes(recipe: Recipe) -> Iterator[str]:
     lanes = recipe.data.plan.lanes
-    groups_of = {"model.norm_groups": recipe.model.norm_groups} | {f"objectives.{name}.groups": getattr(recipe.objectives[name], "groups", 1) for name in _weighted(recipe)}
+    groups_of = {"model.norm_groups": recipe.model.norm_groups}
+    groups_of |= {f"objectives.{name}.{key}": getattr(recipe.objectives[name], key, None) or 1 for name in _weighted(recipe) for key in ("groups", "norm_groups")}
     usable = ", ".join(str(number) for number in range(1, lanes + 1) if lanes % number == 0)
     for key, groups in groups_of.items():
         if lanes % groups:
@@ -270,6 +279,7 @@ def _kept_checkpoints_exist(recipe: Recipe) -> Iterator[str]:
 RULES: tuple[Callable[[Recipe], Iterator[str]], ...] = (
     _something_trains,
     _masked_texts_have_a_mask,
+    _neighbours_are_of_trained_texts,
     _clustering_is_used,
     _recorded_features_exist,
     _episode_clusterings_exist,

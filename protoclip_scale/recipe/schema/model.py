@@ -53,7 +53,7 @@ class PrototypeHeads(Section):
 
 
 class LogitScale(Section):
-    """The learned inverse temperatures, as logarithms; bounded in the forward pass."""
+    """A learned inverse temperature, as a logarithm; bounded in the forward pass."""
 
     init: float = Field(math.log(1 / 0.07), description="Initial value of the logarithm.")
     minimum: float = Field(0.0, description="Lower bound of the logarithm.")
@@ -62,7 +62,7 @@ class LogitScale(Section):
     @model_validator(mode="after")
     def _ordered(self):
         if not self.minimum <= self.init <= self.maximum:
-            raise ValueError(f"model.logit_scale.init {self.init:.4g} lies outside model.logit_scale.minimum {self.minimum:.4g} and model.logit_scale.maximum {self.maximum:.4g}")
+            raise ValueError(f"{{section}}.init {self.init:.4g} lies outside {{section}}.minimum {self.minimum:.4g} and {{section}}.maximum {self.maximum:.4g}")
         return self
 
 
@@ -73,7 +73,7 @@ class Model(Section):
     image: ImageTower = Field(description="The image encoder.")
     text: TextTower = Field(TextTower(), description="The text encoder.")
     prototype_heads: PrototypeHeads = Field(PrototypeHeads(), description="Heads used by the objectives prototype and teacher.")
-    logit_scale: LogitScale = Field(LogitScale(), description="Start and bounds of both temperatures.")
+    logit_scale: LogitScale = Field(LogitScale(), description="Start and bounds of the temperatures of CLIP's loss and of prototypes, and of an objective's own that has no section for it.")
     norm_groups: Positive = Field(1, description="Batch-norm statistics are taken over this many equal groups of lanes; 1 is the whole global batch.")
     frozen: tuple[Literal["patch_embedding", "image_tower", "text_tower", "token_embedding"], ...] = Field((), description="Parts that keep the weights they start with. image_tower, text_tower: whole towers, batch norm's statistics too; their projections train. patch_embedding: the first convolution of a vision transformer. token_embedding: the text tower's table of tokens.")
     init_from: str | None = Field(None, description="Start from the weights of a run directory (the averaged ones, if it has any), an export, an open_clip tag (open_clip:NAME/TAG) or a transformers CLIP; the optimiser starts fresh.")

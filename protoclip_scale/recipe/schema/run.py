@@ -44,4 +44,4 @@ class Run(Section):
     hang_seconds: float = Field(300, gt=0, description="With several ranks: when none of them gets on for so long, the log names those that are late, which write their stacks to hangs/.")
     profile: Profile | None = Field(None, description="Write what torch's profiler records of some steps to profile/ in the run directory; null records nothing. Losses stay as they are.")
     peak_tflops: float | None = Field(None, gt=0, description="What one device can do at most at optim.precision, in TFLOP/s, for MFU in the log; null takes it from a table of GPUs, and leaves MFU out for others.")
-    learning_watch_steps: int = Field(1000, ge=0, description="From this step on, a CLIP loss within 1% of ln(global batch) is warned about, once; 0 never.")
+    learning_watch_steps: int = Field(1000, ge=0, description="From this step on, contrastive losses (clip, multiview, filip) within 1% of ln(global batch) are warned about, once; 0 never.")

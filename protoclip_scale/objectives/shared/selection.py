@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from protoclip_scale.objectives.late_interaction import TILE_ELEMENTS, Tokens
+from protoclip_scale.objectives.shared.late_interaction import TILE_ELEMENTS, Tokens
 
 
 def kept_tokens(share: float, num_tokens: int) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from protoclip_scale.data.masking import IGNORED
 from protoclip_scale.models.features import parse
-from protoclip_scale.objectives.equal import caption_keys
+from protoclip_scale.objectives.shared.equal import caption_keys
 
 
 def num_selected(token_ids: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

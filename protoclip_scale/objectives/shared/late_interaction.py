@@ -36,7 +36,7 @@ def _tile_sizes(queries: Tokens, keys: Tokens) -> tuple[int, int]:
     """(queries of a tile, key samples of a chunk)."""
     elements = TILE_ELEMENTS.get(queries.rows.device.type, TILE_ELEMENTS["cpu"])
     asking, answering = queries.rows.shape[1], keys.rows.shape[1]
-    num_queries = max(1, min(len(queries.rows), elements // (asking * len(keys.rows))))
+    num_queries = max(1, min(len(queries.rows), elements // (asking * max(1, len(keys.rows)))))
     return num_queries, max(1, min(len(keys.rows), elements // (num_queries * asking * answering)))
 
 
