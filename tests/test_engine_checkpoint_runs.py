@@ -87,6 +87,7 @@ def _frozen_process(seconds: float = 120) -> psutil.Process:
     raise AssertionError("nothing was stopped")
 
 
+@pytest.mark.slow
 def test_a_tower_with_dropout_draws_again_what_it_drew(tmp_path):
     """Killed inside an episode, one step after a checkpoint: the draws of a step do not depend on those before it in the process."""
     values = (*SETTINGS, "model.image={name: test_vit_relpos, size: 160}", "data.plan.global_batch=32", "data.plan.episode_size=128", "schedule.total=6 steps")

@@ -25,6 +25,7 @@ def recorded(run) -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_profiled_steps_cost_nothing_but_time(tmp_path):
     """Two episodes of four steps; steps 3 to 6 lie in both, and the run is stopped inside the second part. Losses are those of an unprofiled run."""
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"

@@ -52,10 +52,11 @@ FIRST_LINE = "accelerate launch --config_file launch/accelerate/{config}.yaml la
 TWO = {"cpu": "DDP", "cpu_zero2": "ZeRO-2", "cpu_zero3": "ZeRO-3"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("config", "ranks", "strategy"),
-    [("single", 1, "single process"), *(pytest.param(config, 2, title, marks=pytest.mark.slow) for config, title in TWO.items())],
+    [("single", 1, "single process"), *((config, 2, title) for config, title in TWO.items())],
 )
 def test_the_first_line_users_type(yfcc_shards, tmp_path, config, ranks, strategy):
     """Word for word; what is added are smaller shards, towers and batches."""
