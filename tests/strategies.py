@@ -71,7 +71,7 @@ def without_kinks(objective: str) -> str:
 
 
 def smooth(model: nn.Module) -> None:
-    """Take the kinks out of the heads."""
+    """Take the kinks out of the heads; where there are several one of them is too often hit."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):

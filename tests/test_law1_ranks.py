@@ -55,7 +55,7 @@ def gradients(
             model = trainer.model.to(dtype)
             trainer.strategy.prepare(model, parameter_groups(model, recipe.optim), recipe.optim)
             model.train()
-            if case == "fp32":
+            if (objective, case) == (TOGETHER, "fp32"):
                 smooth(model)
             with torch.no_grad():  # a residual branch that ends in a weight of zero has no gradient
                 for parameter in model.image_tower.parameters():

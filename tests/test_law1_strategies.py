@@ -32,10 +32,8 @@ from tests.support import spawn
 EPISODE = 1
 STEPS = 3
 QUICK = (TOGETHER,)
-EVERY = (*OBJECTIVES, TOGETHER)
 FP32_BOUND = 1e-5  # of every gradient, relative to its largest value
-MOVED_BOUND = 1e-4  # of how far three steps move a weight, likewise: rounding is relative to the weight
-TOGETHER_MOVED_BOUND = 3e-4  # it moves gains by 2e-3, where their last place is 6e-5 of that
+MOVED_BOUND = 3e-4  # of how far three steps move a weight, likewise: some move a gain by 4e-4, where its last place is 6e-8
 OFFLOADED_MOVED_BOUND = 3e-3  # DeepSpeed's own AdamW rounds otherwise; a weight's last place is up to 8e-4 of the way
 
 # A large eps: without it AdamW's first steps are the gradients' signs, those of gradients that are nothing but rounding too. The seed: from seed 0's weights one bias's gradient cancels
@@ -56,7 +54,8 @@ def measured(rank: int, world: int, spool_folder: str, objectives: tuple[str, ..
             recipe = recipe_with(objective, without_kinks(objective), *SETTINGS, *FURTHER_SETTINGS.get(objective, []), f"optim.precision={precision}", f"optim.microbatch={microbatch or 'null'}")
             trainer = trainer_of(recipe, accelerator)
             trainer.build(EPISODE)
-            smooth(trainer.model)
+            if objective == TOGETHER:
+                smooth(trainer.model)
             trainer.model.train()
             prototypes = drawn_prototypes(recipe, torch.float32, EPISODE, trainer.strategy.device) if recipe.prototypes else None
             before, batches = weights(trainer), batches_of(recipe, spool_folder, EPISODE)
@@ -109,8 +108,7 @@ def assert_law(expected: dict, spool_folder: str, strategy: str, objectives: tup
         assert_rows_were_pushed(objective, expected[f"{objective}, fp32"]["remembered"], STEPS)
     for found in spawn(measured, 2, spool_folder, objectives, ("fp32",), env=environment(strategy, 2)):
         for name, difference in differences(expected, found).items():
-            moved = TOGETHER_MOVED_BOUND if name == f"{TOGETHER}, fp32" else moved_bound
-            bounds = {"loss": FP32_BOUND, "gradients": FP32_BOUND, "weights": moved, "remembered": FP32_BOUND}
+            bounds = {"loss": FP32_BOUND, "gradients": FP32_BOUND, "weights": moved_bound, "remembered": FP32_BOUND}
             assert all(difference[what] <= bound for what, bound in bounds.items()), (name, difference)
 
 
@@ -122,7 +120,9 @@ def test_zero2_equals_one_process(one_process, spool_folder):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_equals_one_process_for_every_objective(one_process, spool_folder, strategy):
-    assert_law(one_process(EVERY), spool_folder, strategy, EVERY)
+    # under ZeRO-3 all at once would take minutes: DeepSpeed looks through the trace of a step at each of its modules
+    objectives = OBJECTIVES if strategy == "zero3" else (*OBJECTIVES, TOGETHER)
+    assert_law(one_process(objectives), spool_folder, strategy, objectives)
 
 
 @pytest.mark.slow
